@@ -1,0 +1,84 @@
+"""The error tree of the platform, and its shape on the wire.
+
+    FireboxError
+    ├── InvalidArgument      400   the caller's value is wrong: field, value, fix
+    ├── FailedPrecondition   400   the call is right, the resource's state is not
+    ├── Unauthenticated      401
+    ├── PermissionDenied     403
+    ├── NotFound             404
+    ├── AlreadyExists        409   control plane only, never on the data plane
+    ├── ResourceExhausted    429
+    ├── Internal             500   a bug of ours
+    └── Unavailable          503   a worker is gone or not there yet
+
+To add one: subclass FireboxError with its gRPC `code` and HTTP `status`; give every raise a stable `reason`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class FireboxError(Exception):
+    """Base of every error that crosses a process boundary. `code` is the gRPC number, `status` the HTTP one."""
+
+    code: ClassVar[int] = 13
+    status: ClassVar[int] = 500
+    default_reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str, *, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.default_reason
+
+    @property
+    def category(self) -> str:
+        """`user` or `server`: whose side the mistake is on, as in a failed future."""
+        return "user" if self.status < 500 else "server"
+
+
+class InvalidArgument(FireboxError):
+    code, status, default_reason = 3, 400, "INVALID_ARGUMENT"
+
+
+class FailedPrecondition(FireboxError):
+    code, status, default_reason = 9, 400, "FAILED_PRECONDITION"
+
+
+class Unauthenticated(FireboxError):
+    code, status, default_reason = 16, 401, "UNAUTHENTICATED"
+
+
+class PermissionDenied(FireboxError):
+    code, status, default_reason = 7, 403, "PERMISSION_DENIED"
+
+
+class NotFound(FireboxError):
+    code, status, default_reason = 5, 404, "NOT_FOUND"
+
+
+class AlreadyExists(FireboxError):
+    code, status, default_reason = 6, 409, "ALREADY_EXISTS"
+
+
+class ResourceExhausted(FireboxError):
+    code, status, default_reason = 8, 429, "RESOURCE_EXHAUSTED"
+
+
+class Internal(FireboxError):
+    code, status, default_reason = 13, 500, "INTERNAL"
+
+
+class Unavailable(FireboxError):
+    code, status, default_reason = 14, 503, "UNAVAILABLE"
+
+
+def envelope(error: FireboxError) -> dict[str, Any]:
+    """The JSON body of an error answer, never empty: `{"error": {"code", "message", "details"}}`."""
+    info = {
+        "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+        "reason": error.reason,
+        "domain": "training.fireworks.ai",
+        "metadata": {"version": "1", "source": "firebox"},
+    }
+    return {"error": {"code": error.code, "message": error.message, "details": [info]}}

@@ -1,0 +1,119 @@
+"""What the server tells a worker process, and what a worker tells the server.
+
+A spec is written as one 0600 JSON file; its path is the worker's only argument. A worker answers on a unix
+socket, and every request there carries the spec's token in `WORKER_TOKEN_HEADER`.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+WORKER_TOKEN_HEADER: Final = "x-firebox-worker-token"
+
+SnapshotKind = Literal["base", "delta", "adapter"]
+HotloadStage = Literal["fetching", "verified", "paused", "swapped", "serving", "error"]
+
+
+class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
+    """How a worker is reached and when it gives up.
+
+    `lease` is a file that the server keeps locked while it lives; a worker that finds it unlocked for
+    `orphan_grace_s` seconds exits. `ready_fd` is an inherited pipe that gets one JSON `ReadyNotice` line.
+    """
+
+    socket: str
+    token: str
+    lease: str | None = None
+    orphan_grace_s: float = 8.0
+    ready_fd: int | None = None
+    threads: int = 1
+
+
+class ReadyNotice(msgspec.Struct, frozen=True, kw_only=True):
+    """The one line a worker writes to `ready_fd`: ready, or why it could not start."""
+
+    ready: bool
+    error: str = ""
+
+
+class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer process.
+
+    `job` and `base_model` are resource names; `job_dir` holds `checkpoints/` and `snapshots/` of this job, and
+    `jobs_dir/<job id>/checkpoints` those of other jobs of the account (for `cross_job://`).
+    `lora_rank` 0 is full-parameter training, otherwise the largest rank a model of this job may ask for.
+    """
+
+    job: str
+    base_model: str
+    model_dir: str
+    job_dir: str
+    jobs_dir: str
+    max_context_length: int
+    lora_rank: int = 0
+    forward_only: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    runtime: WorkerRuntime
+
+
+class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One sampler replica. `adapter_dir` is a PEFT directory when the served model is a promoted adapter."""
+
+    deployment: str
+    base_model: str
+    model_dir: str
+    max_context_length: int
+    adapter_dir: str | None = None
+    transition: Literal["ASYNC", "SYNC"] = "ASYNC"
+    max_batch: int = 64
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    runtime: WorkerRuntime
+
+
+class HotloadCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /worker/hotload`: load the snapshot whose manifest lies in `path` (resolved by the server, inside its store).
+
+    `previous` is the identity the client believes is loaded; it is checked for a delta and must be None otherwise.
+    The call answers `ReplicaStatus` once the swap is done or refused.
+    """
+
+    identity: str
+    path: str
+    previous: str | None = None
+
+
+class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`GET /worker/status` of a sampler. `error` belongs to `target`; the old weights keep serving."""
+
+    current_snapshot_identity: str | None
+    stage: HotloadStage
+    target_snapshot_identity: str | None = None
+    error: str = ""
+    in_flight: int = 0
+    base_model: str = ""
+
+
+class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """stdin of the export child: make `out_dir` a Hugging Face (or PEFT) directory from one snapshot.
+
+    `chain` lists snapshot directories from a base to the wanted one (a single entry when it is itself a base
+    or an adapter). The child reloads the result with plain transformers/peft and compares it with the probe.
+    """
+
+    chain: list[str]
+    model_dir: str
+    out_dir: str
+
+
+class ExportReport(msgspec.Struct, frozen=True, kw_only=True):
+    """stdout of the export child. `max_abs_diff` is over the probe's log-probs, in nats."""
+
+    ok: bool
+    kind: Literal["HF_BASE_MODEL", "HF_PEFT_ADDON"] = "HF_BASE_MODEL"
+    max_abs_diff: float = 0.0
+    parameter_count: int = 0
+    lora_rank: int = 0
+    target_modules: list[str] = []
+    error: str = ""
