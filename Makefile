@@ -1,0 +1,50 @@
+# Every target makes .venv and installs what it needs. `make demo` and `make test` are the two to know.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PORT ?= 8000
+DATA_DIR ?= $(HOME)/.firebox
+
+# Real data sets for tests that can use them; those tests skip without.
+FIREBOX_TEST_DATA ?= $(abspath $(dir $(firstword $(wildcard ../*/data/text2sql_sft.jsonl))))
+export FIREBOX_TEST_DATA
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+STRICT := firebox/wire firebox/control firebox/gateway training
+
+.PHONY: demo test check prove up bench clean help
+
+help:  ## show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Firebox needs Python 3.11 or newer, this is " + sys.version.split()[0] + ": run make PYTHON=python3.11")'
+	@echo "Installing into .venv (once; a minute or two)..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)  ## train, reward, promote and question a tiny model; about four minutes on two cores
+	@$(BIN)/python -m training.examples.demo
+
+test: $(READY)  ## all tests at everyday counts
+	$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format, types, import rules, sizes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(STRICT)
+	$(BIN)/python -m pytest tests/policy
+
+prove: $(READY)  ## the full counts; figures go to docs/proofs/, finished proofs are not repeated at one commit
+	FIREBOX_PROVE=1 $(BIN)/python -m pytest -m "prove" tests
+
+up: $(READY)  ## start the server
+	$(BIN)/firebox up --port $(PORT) --data-dir $(DATA_DIR)
+
+bench: $(READY)  ## ratios against peers, side by side
+	$(BIN)/python -m benchmarks
+
+clean:  ## remove the environment and caches, not your data
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
