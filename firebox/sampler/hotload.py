@@ -1,0 +1,251 @@
+"""Hot-load: change the weights of a running sampler, or leave them alone and say why.
+
+    SERVING -> FETCHING -> VERIFIED -> PAUSED -> SWAPPED -> SERVING
+                  \\___________\\________\\______________/   a refusal: the old weights serve on, with a reason
+
+Owns what is loaded and how a snapshot becomes tensors. Does not know who decided on the snapshot. Files are read and
+checked on a thread of their own while the engine serves; only the copy into the live weights pauses it.
+
+Invariant: nothing is copied before everything is checked. Should the copy itself break, the weights are unknown and
+the stage is `error`: requests are refused until a whole snapshot is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from firebox.modeling.causal_lm import CausalLM, load_causal_lm
+from firebox.sampler.engine import Engine, Swap
+from firebox.weights.manifest import SnapshotManifest, read_snapshot, verify
+from firebox.wire.errors import FailedPrecondition, FireboxError, Unavailable
+from firebox.wire.worker import HotloadCommand, HotloadStage, ReplicaStatus, SamplerSpec
+
+_DRAIN_DEADLINE_S: Final = 600.0
+"""How long a SYNC swap waits for the requests in flight before it gives up."""
+
+_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+_PEFT_PREFIX: Final = "base_model.model."
+# What a merge of plain low-rank updates would get wrong, with the values that ask for nothing.
+_ADAPTER_NEUTRAL: Final[dict[str, Any]] = {
+    "use_rslora": False,
+    "use_dora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
+
+logger = logging.getLogger(__name__)
+
+
+class Hotloader:
+    """Loads one snapshot at a time into the engine's model; `status` answers at any moment."""
+
+    def __init__(self, spec: SamplerSpec, lm: CausalLM, engine: Engine) -> None:
+        self._spec = spec
+        self._engine = engine
+        self._live = _LiveWeights(spec, lm)
+        self._one_at_a_time = asyncio.Lock()
+        self._stage: HotloadStage = "serving"
+        self._current: str | None = None
+        self._target: str | None = None
+        self._error = ""
+
+    def status(self) -> ReplicaStatus:
+        return ReplicaStatus(
+            current_snapshot_identity=self._current,
+            stage=self._stage,
+            target_snapshot_identity=self._target,
+            error=self._error,
+            in_flight=self._engine.in_flight,
+            base_model=self._spec.base_model,
+        )
+
+    def check_serving(self) -> None:
+        """Raises Unavailable when the live weights are unknown."""
+        if self._stage == "error":
+            raise Unavailable(f"the weights are damaged ({self._error}); hot-load a base snapshot or restart")
+
+    async def load(self, command: HotloadCommand) -> None:
+        """Load the snapshot of `command`, or keep what is loaded; `status` tells which, and why."""
+        async with self._one_at_a_time:
+            before = self._stage
+            self._target, self._error = command.identity, ""
+            try:
+                self._stage = "fetching"
+                staged = await asyncio.to_thread(self._fetch, command)
+                self._stage = "verified"
+                await self._swap(command.identity, staged)
+                self._stage, self._current, self._target = "serving", command.identity, None
+            except FireboxError as error:
+                logger.warning("hot-load of %s refused: %s", command.identity, error.message)
+                self._stage, self._error = before, error.message
+
+    def _fetch(self, command: HotloadCommand) -> dict[str, Tensor]:
+        directory = Path(command.path)
+        manifest = read_snapshot(directory)
+        if manifest is None:
+            raise FailedPrecondition(f"path: no committed snapshot in {directory}", reason="SNAPSHOT_MISSING")
+        self._check(manifest, command)
+        try:
+            verify(directory, manifest)
+            return self._live.stage(directory, manifest)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise FailedPrecondition(
+                f"{command.identity}: cannot be read: {type(error).__name__}: {error}", reason="ARTIFACT_DAMAGED"
+            ) from error
+
+    def _check(self, manifest: SnapshotManifest, command: HotloadCommand) -> None:
+        if manifest.identity != command.identity:
+            raise FailedPrecondition(
+                f"identity: {command.identity!r} was asked for, the snapshot there is {manifest.identity!r}",
+                reason="IDENTITY_MISMATCH",
+            )
+        if manifest.base_model != self._spec.base_model:
+            raise FailedPrecondition(
+                f"base_model: snapshot {manifest.identity!r} is of {manifest.base_model!r}, this deployment serves "
+                f"{self._spec.base_model!r}; hot-load it into a deployment of its own base model",
+                reason="BASE_MODEL_MISMATCH",
+            )
+        if manifest.kind == "delta":
+            for name, value in (("parent", manifest.parent), ("previous_snapshot_identity", command.previous)):
+                if value is None or value != self._current:
+                    raise FailedPrecondition(
+                        f"{name}: delta {manifest.identity!r} builds on {value!r}, loaded is {self._current!r}; "
+                        "hot-load a base snapshot first",
+                        reason="PARENT_MISMATCH",
+                    )
+        elif command.previous is not None:
+            raise FailedPrecondition(
+                f"previous_snapshot_identity: {command.previous!r} was given, but {manifest.identity!r} is a "
+                f"{manifest.kind}, which stands alone; leave it out",
+                reason="PARENT_MISMATCH",
+            )
+
+    async def _swap(self, identity: str, staged: dict[str, Tensor]) -> None:
+        swap = Swap(apply=lambda: self._live.copy(staged), identity=identity, drain=self._spec.transition == "SYNC")
+        self._stage = "paused"
+        self._engine.swap(swap)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(swap.done), _DRAIN_DEADLINE_S)
+        except TimeoutError as error:
+            raise FailedPrecondition(
+                f"requests in flight did not end within {_DRAIN_DEADLINE_S:g} s; use transition ASYNC, or retry later",
+                reason="DRAIN_DEADLINE_EXCEEDED",
+            ) from error
+        except asyncio.CancelledError as error:
+            if not swap.done.cancelled():
+                raise
+            raise Unavailable("the sampler is stopping") from error
+        except Exception as error:  # the engine's thread hands over whatever broke the copy; it must show in the status
+            logger.exception("hot-load of %s broke the weights", identity)
+            self._stage, self._current, self._error = "error", None, f"{type(error).__name__}: {error}"
+            raise
+        self._stage = "swapped"
+
+
+class _LiveWeights:
+    """The weights that serve, by Hugging Face name, and what it takes to replace them.
+
+    An adapter stands on the base model, not on whatever was loaded before: `_changed` names the weights that differ
+    from the base model now, and so must be restored by the next adapter.
+    """
+
+    def __init__(self, spec: SamplerSpec, lm: CausalLM) -> None:
+        self._spec = spec
+        self._dtype = next(lm.model.parameters()).dtype
+        self._tensors: dict[str, Tensor] = {}
+        self._canonical: dict[str, str] = {}  # tied names -> the one they share storage with
+        first: dict[int, str] = {}
+        for name, tensor in lm.model.state_dict(keep_vars=True).items():
+            self._canonical[name] = first.setdefault(id(tensor), name)
+            self._tensors[first[id(tensor)]] = tensor.data
+        self._changed: set[str] = set()
+        self._base: Mapping[str, Tensor] | None = None
+        if spec.adapter_dir is not None:
+            self.copy(self._merged(Path(spec.adapter_dir)))
+
+    def stage(self, directory: Path, manifest: SnapshotManifest) -> dict[str, Tensor]:
+        """Read a snapshot into the tensors to be copied, checking every name, shape and dtype. Live weights rest."""
+        if manifest.kind == "adapter":
+            return self._merged(directory)
+        staged: dict[str, Tensor] = {}
+        for name, tensor in _read([directory / e.path for e in manifest.files if e.path.endswith(".safetensors")]):
+            self._check(name, tensor)
+            known = staged.setdefault(self._canonical[name], tensor)
+            if known is not tensor and not torch.equal(known, tensor):
+                raise _mismatch(f"{name}: differs from {self._canonical[name]}, to which this model ties it")
+        missing = sorted(self._tensors.keys() - staged.keys())
+        if missing:
+            raise _mismatch(f"{missing[0]}: missing in the snapshot ({len(missing)} of {len(self._tensors)} are)")
+        return staged
+
+    def copy(self, staged: Mapping[str, Tensor]) -> None:
+        """Write `staged` into the live weights. Runs on the engine's thread once that serves."""
+        self._changed |= staged.keys()
+        for name, tensor in staged.items():
+            self._tensors[name].copy_(tensor)
+        self._changed = set(staged)
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if name not in self._canonical:
+            raise _mismatch(f"{name}: this model has no such weight")
+        live = self._tensors[self._canonical[name]]
+        if tensor.shape != live.shape or tensor.dtype != live.dtype:
+            raise _mismatch(
+                f"{name}: the snapshot has {tensor.dtype} {list(tensor.shape)}, the model {live.dtype} "
+                f"{list(live.shape)}"
+            )
+
+    def _merged(self, directory: Path) -> dict[str, Tensor]:
+        """W + scale * B @ A, in float32 from the base model's W; and W itself where an earlier load changed it."""
+        config = json.loads((directory / "adapter_config.json").read_text())
+        for name, neutral in _ADAPTER_NEUTRAL.items():
+            if config.get(name, neutral) != neutral:
+                raise _mismatch(f"adapter_config.json: {name}={config[name]!r} is not supported, only {neutral!r}")
+        scale = config["lora_alpha"] / config["r"]
+        factors = dict(_read([directory / "adapter_model.safetensors"]))
+        if self._base is None:
+            self._base = self._load_base()
+        staged = {name: self._base[name] for name in self._changed}
+        for key in sorted(factors):
+            target = self._canonical.get(key.removeprefix(_PEFT_PREFIX).replace(_LORA_A, ".weight"))
+            if key.endswith(_LORA_B) and key.replace(_LORA_B, _LORA_A) in factors:
+                continue
+            b = factors.get(key.replace(_LORA_A, _LORA_B))
+            if not key.endswith(_LORA_A) or target is None or b is None:
+                raise _mismatch(f"{key}: not a LoRA factor of any weight of this model")
+            staged[target] = _merge(key, self._base[target], factors[key], b, scale)
+        return staged
+
+    def _load_base(self) -> dict[str, Tensor]:
+        model = load_causal_lm(Path(self._spec.model_dir), dtype=self._dtype).model
+        return {name: tensor for name, tensor in model.state_dict().items() if name in self._tensors}
+
+
+def _merge(key: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        raise _mismatch(f"{key}: factors {list(b.shape)} x {list(a.shape)} do not fit the weight {list(weight.shape)}")
+    return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+
+
+def _read(paths: list[Path]) -> list[tuple[str, Tensor]]:
+    tensors = []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            tensors += [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118 - not a dict
+    return tensors
+
+
+def _mismatch(message: str) -> FailedPrecondition:
+    return FailedPrecondition(message, reason="WEIGHTS_MISMATCH")
