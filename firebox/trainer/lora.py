@@ -1,0 +1,102 @@
+"""Low-rank adapters on the linear layers of a shared base model.
+
+Owns which layers are adapted, the initial values and the arithmetic y + (alpha / rank) B A x. The base model is never
+rewritten: an adapter is switched on by hooks for the length of one pass, so many adapters share one model.
+
+Invariant: a fresh adapter changes nothing (B is zero), and the same seed gives the same adapter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from firebox.modeling.causal_lm import CausalLM
+from firebox.weights.manifest import AdapterInfo
+from firebox.wire.errors import InvalidArgument
+from firebox.wire.training import LoraConfig
+
+_ATTENTION: Final = ("attn", "attention")
+_MLP: Final = ("mlp", "feed_forward")
+
+
+class Adapter:
+    """One adapter: `parameters` maps `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r], float32."""
+
+    def __init__(self, lm: CausalLM, config: LoraConfig) -> None:
+        """Raises InvalidArgument when the configuration is impossible or adapts no layer of this model."""
+        _check(config)
+        self._layers = _target_layers(lm, config)
+        self._scale = config.effective_alpha / config.rank
+        self.info = AdapterInfo(
+            rank=config.rank,
+            alpha=config.effective_alpha,
+            target_modules=sorted({name.rpartition(".")[2] for name in self._layers}),
+        )
+        self.parameters = _initial_values(self._layers, config)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside this block the base model computes with this adapter."""
+        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str):  # noqa: ANN202  (torch's hook type)
+        down, up = self.parameters[f"{name}.lora_A.weight"], self.parameters[f"{name}.lora_B.weight"]
+
+        def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + F.linear(F.linear(inputs[0], down), up) * self._scale
+
+        return add
+
+
+def _check(config: LoraConfig) -> None:
+    if config.init_method not in (None, "kaiming"):
+        raise InvalidArgument(f"lora_config.init_method: {config.init_method!r} is not supported; use 'kaiming'")
+    if not (math.isfinite(config.effective_alpha) and config.effective_alpha > 0):
+        raise InvalidArgument(f"lora_config.alpha: {config.alpha} must be a finite number above 0")
+    if config.seed is not None and not -(2**63) <= config.seed < 2**63:
+        raise InvalidArgument(f"lora_config.seed: {config.seed} does not fit 64 bits")
+
+
+def _target_layers(lm: CausalLM, config: LoraConfig) -> dict[str, nn.Linear]:
+    def wanted(name: str, layer: nn.Module) -> bool:
+        if layer is lm.head:
+            return config.train_unembed
+        if any(part in name for part in _ATTENTION):
+            return config.train_attn
+        return config.train_mlp and any(part in name for part in _MLP)
+
+    layers = {n: m for n, m in lm.model.named_modules() if isinstance(m, nn.Linear) and wanted(n, m)}
+    if not layers:
+        raise InvalidArgument(
+            "lora_config: no layer is adapted; set train_attn, train_mlp or train_unembed to one this model has"
+        )
+    return layers
+
+
+def _initial_values(layers: dict[str, nn.Linear], config: LoraConfig) -> dict[str, nn.Parameter]:
+    generator = torch.Generator()
+    if config.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(config.seed)
+    parameters: dict[str, nn.Parameter] = {}
+    for name, layer in layers.items():
+        down = torch.empty(config.rank, layer.in_features)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        up = torch.zeros(layer.out_features, config.rank)
+        device = layer.weight.device
+        parameters[f"{name}.lora_A.weight"] = nn.Parameter(down.to(device))
+        parameters[f"{name}.lora_B.weight"] = nn.Parameter(up.to(device))
+    return parameters

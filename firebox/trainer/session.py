@@ -1,0 +1,204 @@
+"""Order and futures: the only holder of sequencing rules.
+
+Every model has one sequence. Place 0 is its creation, the client's operations follow from 1 without gaps. Operations
+may arrive in any order and more than once; they leave for the engine in order and once. A waiter is woken by an event.
+
+Knows neither HTTP nor tensors. Runs on one event loop; only `_resolve` is reached from the engine's thread, through
+that loop. Invariant: an accepted request id always gets exactly one result, and a place is consumed whether its
+operation turns out well or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable
+from typing import Final
+
+from firebox.trainer.journal import Entry, Journal
+from firebox.wire.errors import FireboxError, InvalidArgument, NotFound
+from firebox.wire.training import (
+    Command,
+    CreateModel,
+    CreateModelAddress,
+    Failed,
+    ModelUnloaded,
+    Operation,
+    OperationAddress,
+    Result,
+    UnloadModel,
+)
+
+_KEEP_RESULT_S: Final = 1800.0
+
+Submit = Callable[[Command, Callable[[Result], None]], None]
+
+
+class Future:
+    """The answer to one accepted request, readable many times once `done` is set."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.done = asyncio.Event()
+        self.result: Result | None = None
+        self.finished_at = 0.0
+
+    def resolve(self, result: Result) -> None:
+        self.result = result
+        self.finished_at = time.monotonic()
+        self.done.set()
+
+
+class _Sequence:
+    """One model's order: the next place to leave for the engine, and who came early."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.early: dict[int, tuple[Operation | Failed, Future]] = {}
+        self.journal = Journal()
+
+
+class Session:
+    """All sessions and models of one trainer. `submit` hands a command to the engine and gets its result called back."""
+
+    def __init__(self, submit: Submit) -> None:
+        self._submit = submit
+        self._loop = asyncio.get_running_loop()
+        self._session_ids: set[str] = set()
+        self._sequences: dict[str, _Sequence] = {}
+        self._futures: dict[str, Future] = {}
+
+    @property
+    def model_ids(self) -> list[str]:
+        return list(self._sequences)
+
+    @property
+    def num_pending(self) -> int:
+        return sum(not future.done.is_set() for future in self._futures.values())
+
+    def open_session(self) -> str:
+        session_id = f"session-{uuid.uuid4().hex}"
+        self._session_ids.add(session_id)
+        return session_id
+
+    def check_session(self, session_id: str) -> None:
+        """Raises NotFound when this trainer did not open that session."""
+        if session_id not in self._session_ids:
+            raise NotFound(
+                f"session_id: {session_id!r} is not known to this trainer; it may have been restarted, reconnect",
+                reason="SESSION_NOT_FOUND",
+            )
+
+    def create_model(self, address: CreateModelAddress, digest: bytes, operation: Operation | Failed) -> Future:
+        """Accept the creation of a model; the same request again gets the first one's future."""
+        try:
+            self.check_session(address.session_id)
+            if address.model_seq_id < 0:
+                raise InvalidArgument(f"model_seq_id: {address.model_seq_id} must be 0 or above")
+        except FireboxError as error:
+            return self._failed(error)
+        sequence = self._sequences.setdefault(address.model_id, _Sequence())
+        return self._accept(address.model_id, sequence, 0, digest, operation)
+
+    def accept(self, address: OperationAddress, digest: bytes, operation: Operation | Failed) -> Future:
+        """Accept an operation at its place; a `Failed` one consumes the place too."""
+        sequence = self._sequences.get(address.model_id)
+        if sequence is None:
+            return self._failed(_unknown_model(address.model_id))
+        if address.seq_id is None or address.seq_id < 1:
+            return self._failed(InvalidArgument(f"seq_id: {address.seq_id} must be a number from 1 on"))
+        return self._accept(address.model_id, sequence, address.seq_id, digest, operation)
+
+    def unload_model(self, model_id: str) -> Future:
+        """Forget a model after what was accepted before; who still waits for a gap to fill fails. Repeatable."""
+        future = self._new_future()
+        sequence = self._sequences.pop(model_id, None)
+        if sequence is None:
+            future.resolve(ModelUnloaded(model_id=model_id))
+            return future
+        for _, waiting in sequence.early.values():
+            waiting.resolve(Failed(error=f"{model_id} was unloaded while this request waited", category="user"))
+        self._send(model_id, UnloadModel(), future)
+        return future
+
+    async def wait(self, request_id: str, hold_s: float) -> Result | None:
+        """The result of a request, or None when it is not there within `hold_s` seconds; raises NotFound."""
+        future = self._futures.get(request_id)
+        if future is None:
+            raise NotFound(f"request_id: {request_id!r} is not known, or its result expired", reason="FUTURE_NOT_FOUND")
+        try:
+            await asyncio.wait_for(future.done.wait(), hold_s)
+        except TimeoutError:
+            return None
+        return future.result
+
+    def _accept(
+        self, model_id: str, sequence: _Sequence, seq_id: int, digest: bytes, operation: Operation | Failed
+    ) -> Future:
+        if seq_id in sequence.journal:
+            try:
+                first = self._futures.get(sequence.journal.repeated(seq_id, digest))
+            except InvalidArgument as error:
+                return self._failed(error)
+            return first or self._failed(NotFound(f"seq_id: the result of {seq_id} expired"))
+        if seq_id < sequence.next:
+            return self._failed(InvalidArgument(f"seq_id: {seq_id} is past; the next is {sequence.next}"))
+        future = self._new_future()
+        sequence.journal.record(seq_id, Entry(future.request_id, digest))
+        sequence.early[seq_id] = (operation, future)
+        self._release(model_id, sequence)
+        return future
+
+    def _release(self, model_id: str, sequence: _Sequence) -> None:
+        while sequence.next in sequence.early:
+            operation, future = sequence.early.pop(sequence.next)
+            sequence.next += 1
+            if isinstance(operation, Failed):
+                self._resolve(model_id, CreateModel if sequence.next == 1 else None, future, operation)
+            else:
+                self._send(model_id, operation, future)
+
+    def _send(self, model_id: str, operation: Operation, future: Future) -> None:
+        def answer(result: Result) -> None:
+            self._loop.call_soon_threadsafe(self._resolve, model_id, type(operation), future, result)
+
+        self._submit(Command(model_id=model_id, operation=operation), answer)
+
+    def _resolve(self, model_id: str, kind: type | None, future: Future, result: Result) -> None:
+        if kind is CreateModel and isinstance(result, Failed):
+            # There is no such model: the same place may be tried again.
+            self._sequences.pop(model_id, None)
+        future.resolve(result)
+
+    def _new_future(self) -> Future:
+        self._forget_expired()
+        future = Future(uuid.uuid4().hex)
+        self._futures[future.request_id] = future
+        return future
+
+    def _failed(self, error: FireboxError) -> Future:
+        future = self._new_future()
+        future.resolve(failed(error))
+        return future
+
+    def _forget_expired(self) -> None:
+        """Drop results that nobody can still be waiting for. Futures are kept in order of arrival, so stop early."""
+        deadline = time.monotonic() - _KEEP_RESULT_S
+        for request_id, future in list(self._futures.items()):
+            if not future.done.is_set() or future.finished_at > deadline:
+                return
+            del self._futures[request_id]
+
+
+def failed(error: FireboxError) -> Failed:
+    """The failed result that carries `error`."""
+    return Failed(error=error.message, category="user" if error.status < 500 else "server")
+
+
+def _unknown_model(model_id: str) -> NotFound:
+    return NotFound(
+        f"model_id: {model_id!r} is not known to this trainer; it was unloaded or the trainer was restarted, "
+        "create the model again",
+        reason="MODEL_NOT_FOUND",
+    )
