@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from firebox.modeling.causal_lm import CausalLM, load_causal_lm
@@ -86,10 +86,13 @@ class Hotloader:
                 staged = await asyncio.to_thread(self._fetch, command)
                 self._stage = "verified"
                 await self._swap(command.identity, staged)
-                self._stage, self._current, self._target = "serving", command.identity, None
             except FireboxError as error:
                 logger.warning("hot-load of %s refused: %s", command.identity, error.message)
                 self._stage, self._error = before, error.message
+            except Exception as error:
+                # Foreign files fail in many ways. Nothing has been copied yet, so the old weights serve on.
+                logger.exception("hot-load of %s failed", command.identity)
+                self._stage, self._error = before, f"cannot be read: {type(error).__name__}: {error}"
 
     def _fetch(self, command: HotloadCommand) -> dict[str, Tensor]:
         directory = Path(command.path)
@@ -97,13 +100,8 @@ class Hotloader:
         if manifest is None:
             raise FailedPrecondition(f"path: no committed snapshot in {directory}", reason="SNAPSHOT_MISSING")
         self._check(manifest, command)
-        try:
-            verify(directory, manifest)
-            return self._live.stage(directory, manifest)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise FailedPrecondition(
-                f"{command.identity}: cannot be read: {type(error).__name__}: {error}", reason="ARTIFACT_DAMAGED"
-            ) from error
+        verify(directory, manifest)
+        return self._live.stage(directory, manifest)
 
     def _check(self, manifest: SnapshotManifest, command: HotloadCommand) -> None:
         if manifest.identity != command.identity:
@@ -133,8 +131,12 @@ class Hotloader:
             )
 
     async def _swap(self, identity: str, staged: dict[str, Tensor]) -> None:
-        swap = Swap(apply=lambda: self._live.copy(staged), identity=identity, drain=self._spec.transition == "SYNC")
+        def apply() -> None:
+            self._live.copy(staged)
+            self._stage = "swapped"
+
         self._stage = "paused"
+        swap = Swap(apply=apply, identity=identity, drain=self._spec.transition == "SYNC")
         self._engine.swap(swap)
         try:
             await asyncio.wait_for(asyncio.wrap_future(swap.done), _DRAIN_DEADLINE_S)
@@ -147,11 +149,12 @@ class Hotloader:
             if not swap.done.cancelled():
                 raise
             raise Unavailable("the sampler is stopping") from error
-        except Exception as error:  # the engine's thread hands over whatever broke the copy; it must show in the status
+        except Exception as error:
+            # The engine's thread hands over whatever broke the copy; from here on the weights are unknown.
             logger.exception("hot-load of %s broke the weights", identity)
             self._stage, self._current, self._error = "error", None, f"{type(error).__name__}: {error}"
-            raise
-        self._stage = "swapped"
+        else:
+            self._stage, self._current, self._target = "serving", identity, None
 
 
 class _LiveWeights:

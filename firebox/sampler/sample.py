@@ -59,8 +59,9 @@ def _behaviour(logits: Tensor, settings: Settings) -> Tensor:
     policy = logits
     if bool((settings.temperature != 1).any()):
         divisor = settings.temperature.masked_fill(settings.temperature == 0, 1.0).unsqueeze(-1)
-        # The maximum goes first: a small temperature then overflows towards -inf only.
-        policy = (logits - logits.amax(-1, keepdim=True)) / divisor
+        # The maximum goes first: a small temperature then overflows towards -inf only. A row at 1 stays as it is.
+        shift = logits.amax(-1, keepdim=True).masked_fill(divisor == 1, 0.0)
+        policy = (logits - shift) / divisor
     rows = ((settings.top_k > 0) | (settings.top_p < 1)).nonzero().squeeze(-1)
     if len(rows):
         chosen = policy[rows]

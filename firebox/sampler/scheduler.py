@@ -153,15 +153,14 @@ class Scheduler:
 
     def retire(self) -> list[tuple[int, int]]:
         """Drop sequences that finished or were cancelled; returns the (from, to) slot moves that close the gaps."""
-        moves = []
-        for slot in reversed(range(len(self.live))):
-            sequence = self.live[slot]
-            if sequence.finish is not None or sequence.generation.cancelled:
-                # From the end: whatever stands last by now is a survivor.
-                last = self.live.pop()
-                if last is not sequence:
-                    self.live[slot] = last
-                    moves.append((len(self.live), slot))
+        ended = [s.finish is not None or s.generation.cancelled for s in self.live]
+        count = len(ended) - sum(ended)
+        holes = [slot for slot in range(count) if ended[slot]]
+        movers = [slot for slot in range(count, len(ended)) if not ended[slot]]
+        moves = list(zip(movers, holes, strict=True))
+        for source, target in moves:
+            self.live[target] = self.live[source]
+        del self.live[count:]
         return moves
 
     def drop(self, generation: Generation) -> None:

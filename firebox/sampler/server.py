@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -27,13 +28,15 @@ from firebox.sampler.engine import Engine
 from firebox.sampler.hotload import Hotloader
 from firebox.sampler.scheduler import Generation, Params
 from firebox.sampler.text import Text
-from firebox.wire.errors import FireboxError, InvalidArgument, Unavailable
+from firebox.wire.errors import FireboxError, Internal, InvalidArgument, Unavailable
 from firebox.wire.sampling import ChatRequest, CompletionRequest, decode_request, inference_envelope
 from firebox.wire.worker import HotloadCommand, SamplerSpec
 
 REQUEST_ID_HEADER: Final = "x-request-id"
 DEFAULT_MAX_TOKENS: Final = 1024
 """Length of an answer when the request gives none, or less where the context ends first."""
+
+logger = logging.getLogger(__name__)
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -231,6 +234,10 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             response = await endpoint(request)
         except FireboxError as error:
             response = _json(inference_envelope(error), status=error.status)
+        except Exception as error:
+            logger.exception("%s failed", request.url.path)
+            bug = Internal(f"the sampler failed: {type(error).__name__}: {error}")
+            response = _json(inference_envelope(bug), status=bug.status)
         response.headers[REQUEST_ID_HEADER] = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
         return response
 
