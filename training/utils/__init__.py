@@ -1,0 +1,36 @@
+"""What scripts import from the cookbook. Importing this package loads neither torch nor an SDK."""
+
+from training.utils.checkpoints import Checkpoint, Checkpointer, CheckpointLog, load_state
+from training.utils.client import ReconnectableClient
+from training.utils.config import (
+    DeployConfig,
+    InfraConfig,
+    OptimConfig,
+    TrainerConfig,
+    WandBConfig,
+    WeightSyncConfig,
+    validate,
+)
+from training.utils.errors import CheckpointError, ConfigError, CookbookError, DataError, PlatformError
+from training.utils.provision import Workspace
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointLog",
+    "Checkpointer",
+    "ConfigError",
+    "CookbookError",
+    "DataError",
+    "DeployConfig",
+    "InfraConfig",
+    "OptimConfig",
+    "PlatformError",
+    "ReconnectableClient",
+    "TrainerConfig",
+    "WandBConfig",
+    "WeightSyncConfig",
+    "Workspace",
+    "load_state",
+    "validate",
+]

@@ -1,0 +1,146 @@
+"""`checkpoints.jsonl`: what a run has saved, and how it goes on from there.
+
+Knows the trainer's client, not the recipe. Invariants: a row is written only after the trainer has finished saving; a
+resume that cannot load is an error, never a fresh start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from training.utils.client import ReconnectableClient
+from training.utils.errors import CheckpointError
+
+FILE_NAME = "checkpoints.jsonl"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One row. `state_path` loads into any job of the same model, `sampler_path` can be promoted; either may be None.
+
+    `data_consumed` counts rows of the data stream, `step` finished optimizer steps.
+    """
+
+    name: str
+    step: int
+    data_consumed: int
+    source_job_id: str
+    state_path: str | None
+    sampler_path: str | None
+    base_model: str
+    training_shape: str
+
+
+class CheckpointLog:
+    """The rows of one `log_path`, oldest first."""
+
+    def __init__(self, log_path: str | Path) -> None:
+        self.path = Path(log_path).expanduser() / FILE_NAME
+
+    def rows(self) -> list[Checkpoint]:
+        """All rows. Raises CheckpointError with the line of one that cannot be read."""
+        if not self.path.exists():
+            return []
+        known, rows = {field.name for field in fields(Checkpoint)}, []
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                rows.append(Checkpoint(**{key: value for key, value in json.loads(line).items() if key in known}))
+            except (ValueError, TypeError, AttributeError) as exc:
+                fix = "mend or remove that line"
+                raise CheckpointError(f"{self.path}:{number}: not a checkpoint row ({exc}); {fix}") from exc
+        return rows
+
+    def latest(self) -> Checkpoint | None:
+        """The newest row that can be resumed from."""
+        return next((row for row in reversed(self.rows()) if row.state_path), None)
+
+    def append(self, row: Checkpoint) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Checkpointer:
+    """Saves the states of one run under `step-<n>` and finds the one to go on from.
+
+    `interval` is `dcp_save_interval`: 0 saves nothing. `timeout` bounds one save or load, in seconds.
+    """
+
+    client: ReconnectableClient
+    log: CheckpointLog
+    base_model: str
+    training_shape: str
+    interval: int
+    timeout: int
+
+    def resume(self) -> Checkpoint | None:
+        """Load the newest state, if there is one. Raises CheckpointError when it does not fit or does not load."""
+        row = self.log.latest()
+        if row is None:
+            return None
+        for what, mine, saved in (
+            ("base_model", self.base_model, row.base_model),
+            ("training_shape", self.training_shape, row.training_shape),
+        ):
+            if mine != saved:
+                fix = "resume with that one, or choose another log_path"
+                raise CheckpointError(f"{self.log.path} was written with {what} {saved}, not {mine}: {fix}")
+        if self.interval == 0:
+            fix = "set weight_sync.dcp_save_interval above 0 to resume from it, or choose another log_path"
+            raise CheckpointError(f"{self.log.path} holds a checkpoint of step {row.step}: {fix}")
+        assert row.state_path is not None
+        load_state(self.client, row.state_path, self.timeout, with_optimizer=True)
+        return row
+
+    def due(self, step: int) -> bool:
+        """Whether a state belongs behind this many finished steps."""
+        return self.interval > 0 and step % self.interval == 0
+
+    def save(self, step: int, data_consumed: int) -> Checkpoint:
+        """Save the state behind `step` and record it; the same step is not saved twice."""
+        latest = self.log.latest()
+        if latest is not None and latest.step == step:
+            return latest
+        name = self.client.save_state(f"step-{step}", timeout=self.timeout).path.rsplit("/", 1)[-1]
+        state_path = self.client.resolve_checkpoint_path(name, source_job_id=self.client.job_id)
+        return self._record(name, step, data_consumed, state_path=state_path)
+
+    def save_promotable(self, step: int, data_consumed: int) -> str:
+        """Save full sampler weights behind `step`, record them, return the snapshot's name for promotion."""
+        saved = self.client.save_weights_for_sampler_ext(f"final-{step}", checkpoint_type="base", timeout=self.timeout)
+        self._record(f"final-{step}", step, data_consumed, sampler_path=saved.snapshot_name)
+        return str(saved.snapshot_name)
+
+    def _record(self, name: str, step: int, data_consumed: int, **paths: Any) -> Checkpoint:
+        paths = {"state_path": None, "sampler_path": None, **paths}
+        row = Checkpoint(
+            name,
+            step,
+            data_consumed,
+            self.client.job_id,
+            base_model=self.base_model,
+            training_shape=self.training_shape,
+            **paths,
+        )
+        self.log.append(row)
+        return row
+
+
+def load_state(client: ReconnectableClient, path: str, timeout: int, *, with_optimizer: bool) -> None:
+    """Load a checkpoint reference, or its weights alone. Raises CheckpointError naming it when that fails."""
+    from fireworks.training.sdk import RequestFailedError
+
+    try:
+        if with_optimizer:
+            client.load_state_with_optimizer(path, timeout=timeout)
+        else:
+            client.inner.load_state(path).result(timeout=timeout)
+    except (RequestFailedError, ValueError, TimeoutError) as exc:
+        raise CheckpointError(f"checkpoint {path!r} cannot be loaded: {exc}") from exc

@@ -1,0 +1,60 @@
+"""The arithmetic of the recipes: pure functions on numbers and arrays, no tokens, no network.
+
+Legend: N rollouts of one prompt, T tokens. Log-probabilities are natural logarithms, losses nats per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def mean_weights(weights: Sequence[float], total: float) -> list[float]:
+    """Weights [T] of one row scaled so that the summed loss of its batch is a mean over `total` trained tokens."""
+    return [weight / total for weight in weights]
+
+
+def unigram_loss(train_tokens: Iterable[int], held_out_tokens: Sequence[int], vocab_size: int) -> float:
+    """Held-out nats per token of the add-one smoothed unigram of the training targets: what counting alone achieves."""
+    counts = Counter(train_tokens)
+    log_total = math.log(sum(counts.values()) + vocab_size)
+    return sum(log_total - math.log(counts[token] + 1) for token in held_out_tokens) / len(held_out_tokens)
+
+
+def group_advantages(rewards_N: Sequence[float]) -> Array:
+    """Rewards [N] of one prompt, centred and divided by their population standard deviation (Shao et al. 2024, GRPO).
+
+    A group whose rewards are all equal teaches nothing: its advantages are exactly zero.
+    """
+    rewards = np.asarray(rewards_N, dtype=np.float64)
+    if np.ptp(rewards) == 0:
+        return np.zeros_like(rewards)
+    advantages: Array = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    return advantages
+
+
+def k3(logprobs_T: Array, ref_logprobs_T: Array) -> Array:
+    """Schulman's k3 estimate [T] of KL(policy || reference) from tokens that the policy sampled; never negative."""
+    log_ratio = ref_logprobs_T - logprobs_T
+    return np.expm1(log_ratio) - log_ratio
+
+
+def kl_shaped(advantage: float, logprobs_T: Array, ref_logprobs_T: Array, beta: float) -> Array:
+    """One rollout's advantage [T] with the penalty beta * log(policy / reference) taken off each token."""
+    return advantage - beta * (logprobs_T - ref_logprobs_T)
+
+
+def mismatch(sampler_T: Array, trainer_T: Array) -> dict[str, float]:
+    """How far the log-probs of the sampler and the trainer are apart on the same tokens [T]; all zero is perfect."""
+    difference = trainer_T - sampler_T
+    return {
+        "mismatch/abs_mean": float(np.abs(difference).mean()),
+        "mismatch/abs_max": float(np.abs(difference).max()),
+        "mismatch/k3": float(k3(sampler_T, trainer_T).mean()),
+    }

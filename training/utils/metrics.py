@@ -1,0 +1,193 @@
+"""What a run shows and leaves behind: `metrics.jsonl`, a progress bar or plain lines, curves, optionally W&B.
+
+Knows no trainer and no algorithm; a recipe says which metrics matter. Invariant: one row per step in `metrics.jsonl`,
+in order, even after a resume; trouble with a tracker never stops training.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from training.utils.config import WandBConfig
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """One picture of the final PNG: a title and the metrics drawn in it."""
+
+    title: str
+    metrics: Sequence[str]
+
+
+class RunLog:
+    """The record of one run in `log_path`. Use as a context manager.
+
+    `live` maps the names shown while training to metrics. Rows behind `start_step` are left over from a run that was
+    cut off and are dropped; the metrics of an earlier run that is not being resumed are moved aside.
+    """
+
+    def __init__(
+        self,
+        log_path: str | Path,
+        *,
+        start_step: int,
+        total_steps: int,
+        live: Mapping[str, str],
+        curves: Sequence[Curves],
+        wandb: WandBConfig,
+        config: Mapping[str, Any],
+    ) -> None:
+        self.folder = Path(log_path).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "metrics.jsonl"
+        self._total, self._live, self._curves = total_steps, live, curves
+        self._rows = self._kept_rows(start_step)
+        self._console = Console(stderr=True)
+        self._noted: set[str] = set()
+        self._progress = _progress_bar(self._console)
+        self._bar = self._progress.add_task("", total=total_steps, completed=start_step, live="")
+        self._tracker = _Tracker(wandb, config, self.note)
+        self._first_step, self._started = start_step, time.monotonic()
+
+    def __enter__(self) -> RunLog:
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._progress.stop()
+        self._file.close()
+        self._tracker.finish()
+        if self._rows:
+            self.note(f"curves: {draw(self._rows, self._curves, self.folder / 'curves.png')}")
+        self.note(f"metrics: {self.path}")
+
+    def note(self, text: str) -> None:
+        """Say something once, above the progress bar."""
+        if text not in self._noted:
+            self._noted.add(text)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> Row:
+        """Record the metrics of one finished step and show the live ones. Returns the row."""
+        row: Row = {"step": step, "time": round(time.time(), 3), **metrics}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        self._rows.append(row)
+        self._tracker.log(row)
+        shown = "  ".join(f"{name} {row[key]:.4g}" for name, key in self._live.items() if key in row)
+        if self._console.is_terminal:
+            self._progress.update(self._bar, completed=step, live=shown)
+        else:
+            pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)
+            eta = f"ETA {pace * max(self._total - step, 0):.0f} s"
+            self._console.print(f"step {step}/{self._total}  {shown}  {eta}", highlight=False, soft_wrap=True)
+        return row
+
+    def _kept_rows(self, start_step: int) -> list[Row]:
+        if not self.path.exists():
+            return []
+        if start_step == 0:
+            self.path.rename(self.folder / f"metrics-before-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
+            return []
+        rows: list[Row] = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            with suppress(json.JSONDecodeError):  # the last line of a killed run may be half written
+                rows.append(json.loads(line))
+        return [row for row in rows if row["step"] <= start_step]
+
+
+@dataclass
+class Timer:
+    """Seconds per phase of one step: `with timer("rollout"): ...` adds to `time/rollout`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _open: tuple[str, float] = ("", 0.0)
+
+    def __call__(self, phase: str) -> Timer:
+        self._open = (f"time/{phase}_s", time.monotonic())
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        phase, started = self._open
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - started
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def draw(rows: Sequence[Mapping[str, Any]], curves: Sequence[Curves], path: Path) -> Path:
+    """Draw metrics over steps, one picture below the other, into a PNG. Returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3 * len(curves)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, picture in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
+        for metric in picture.metrics:
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=metric, marker="." if len(points) < 30 else None)
+        axes.set(title=picture.title, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _progress_bar(console: Console) -> Progress:
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[live]}"))
+    return Progress(*columns, console=console)
+
+
+class _Tracker:
+    """Weights & Biases when it is configured; says once why it is not used, and then keeps quiet."""
+
+    def __init__(self, settings: WandBConfig, config: Mapping[str, Any], note: Any) -> None:
+        self._note, self._run = note, None
+        if settings.entity or settings.project or settings.run_name:
+            self._attempt(lambda: self._start(settings, config))
+
+    def log(self, row: Row) -> None:
+        if self._run is not None:
+            self._attempt(lambda: self._run.log(row, step=row["step"]))
+
+    def finish(self) -> None:
+        if self._run is not None:
+            self._attempt(self._run.finish)
+
+    def _start(self, settings: WandBConfig, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            entity=settings.entity, project=settings.project, name=settings.run_name, config=dict(config)
+        )
+
+    def _attempt(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as exc:  # noqa: BLE001 - a tracker is a foreign service, and training must outlive it
+            self._run = None
+            self._note(f"Weights & Biases is off for this run: {exc}")

@@ -1,0 +1,211 @@
+"""What a run needs from the platform: trainers, a deployment, a promoted model, and their removal afterwards.
+
+Knows no algorithm. Invariant: whatever a `Workspace` creates is gone when its block ends, however it ends; checkpoints
+and promoted models stay. Nothing is created before the server, the key and the shapes are known to be good.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from training.utils.client import ReconnectableClient
+from training.utils.config import DeployConfig, InfraConfig, WeightSyncConfig
+from training.utils.errors import ConfigError, PlatformError
+
+if TYPE_CHECKING:
+    from fireworks.training.sdk import DeploymentSampler, TrainingShapeProfile, WeightSyncer
+
+HOSTED_URL = "https://api.fireworks.ai"
+PROBE_TIMEOUT_S = 10
+SAMPLING_WINDOW = 64
+
+
+class Workspace:
+    """A run's access to the platform at FIREWORKS_BASE_URL with FIREWORKS_API_KEY. Use as a context manager.
+
+    Raises PlatformError at once when the key is missing or refused, or nobody answers.
+    """
+
+    def __init__(self) -> None:
+        self.base_url = os.environ.get("FIREWORKS_BASE_URL", HOSTED_URL).rstrip("/")
+        self.api_key = os.environ.get("FIREWORKS_API_KEY", "")
+        if not self.api_key:
+            raise PlatformError("FIREWORKS_API_KEY is not set: export the key that the server printed when it started")
+        _probe(self.base_url, self.api_key)
+        from fireworks.training.sdk import DeploymentManager, TrainerJobManager
+
+        self.trainers = TrainerJobManager(api_key=self.api_key, base_url=self.base_url)
+        self.deployments = DeploymentManager(api_key=self.api_key, base_url=self.base_url)
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._cleanup.__exit__(*error)
+
+    def resolve(self, shape_id: str) -> TrainingShapeProfile:
+        """The shape's current version: context length, deployment shape, trainer mode. Creates nothing."""
+        with explained(f"training shape {shape_id}"):
+            return self.trainers.resolve_training_profile(shape_id)
+
+    def trainer(
+        self,
+        base_model: str,
+        profile: TrainingShapeProfile,
+        infra: InfraConfig,
+        *,
+        lora_rank: int = 0,
+        learning_rate: float = 1e-5,
+        forward_only: bool = False,
+    ) -> ReconnectableClient:
+        """Start a trainer of this shape and connect to it. It is deleted when the workspace closes."""
+        from fireworks.training.sdk import TrainerJobConfig
+
+        job = TrainerJobConfig(
+            base_model=base_model,
+            lora_rank=lora_rank,
+            learning_rate=learning_rate,
+            region=infra.region,
+            extra_args=infra.extra_args,
+            training_shape_ref=profile.training_shape_version,
+            forward_only=forward_only,
+        )
+        with explained(f"trainer for {base_model}"):
+            created = self.trainers.create(job)
+            self._cleanup.callback(self.trainers.delete, created.job_id)
+            endpoint = self.trainers.wait_for_ready(created.job_id, created.job_name, timeout_s=infra.trainer_timeout_s)
+            client = ReconnectableClient(
+                self.trainers, created.job_id, base_model, lora_rank, fw_api_key=self.api_key, endpoint=endpoint
+            )
+        self._cleanup.callback(client.close)
+        return client
+
+    def deployment(
+        self, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer: ReconnectableClient
+    ) -> str:
+        """Create the deployment that samples this trainer's weights, or attach an existing one. Returns its id.
+
+        Only a deployment created here is deleted when the workspace closes.
+        """
+        deployment_id = deploy.deployment_id or derive_deployment_id(base_model)
+        with explained(f"deployment {deployment_id}"):
+            if self.deployments.get(deployment_id) is not None:
+                self.deployments.reattach_trainer(
+                    deployment_id,
+                    base_model=base_model,
+                    trainer_job_name=trainer.endpoint.job_name,
+                    timeout_s=deploy.deployment_timeout_s,
+                )
+                return deployment_id
+            config = deployment_config(deployment_id, base_model, profile, deploy, trainer.endpoint.job_name)
+            self._cleanup.callback(self.deployments.delete, deployment_id)
+            if self.deployments.create_or_get(config).state != "READY":
+                self.deployments.wait_for_ready(deployment_id, timeout_s=deploy.deployment_timeout_s)
+        return deployment_id
+
+    def syncer(
+        self, client: ReconnectableClient, deployment_id: str, base_model: str, lora_rank: int, sync: WeightSyncConfig
+    ) -> WeightSyncer:
+        """What carries weights from this trainer into this deployment: full weights first, then deltas."""
+        from fireworks.training.sdk import WeightSyncer
+
+        return WeightSyncer(
+            policy_client=client,
+            deploy_mgr=self.deployments,
+            deployment_id=deployment_id,
+            base_model=base_model,
+            hotload_timeout=sync.weight_sync_timeout,
+            first_checkpoint_type=sync.first_checkpoint_type,
+            lora_rank=lora_rank,
+        )
+
+    def sampler(self, deployment_id: str, tokenizer: Any) -> DeploymentSampler:
+        """Token-in, token-out access to a deployment; its concurrency follows the server's queue."""
+        from fireworks.training.sdk import AdaptiveConcurrencyController, DeploymentSampler
+
+        sampler = DeploymentSampler(
+            inference_url=self.deployments.inference_url,
+            model=f"accounts/{self.deployments.account_id}/deployments/{deployment_id}",
+            api_key=self.api_key,
+            tokenizer=tokenizer,
+            concurrency_controller=AdaptiveConcurrencyController(initial_window=SAMPLING_WINDOW),
+        )
+        self._cleanup.callback(sampler.close)
+        return sampler
+
+    def promote(self, job_id: str, snapshot: str, output_model_id: str, base_model: str) -> str:
+        """Turn a saved snapshot into a model that can be deployed; returns the model's name."""
+        with explained(f"promotion of {snapshot} to {output_model_id}"):
+            model = self.trainers.promote_checkpoint(job_id, snapshot, output_model_id, base_model)
+        return str(model.get("name", f"accounts/{self.trainers.account_id}/models/{output_model_id}"))
+
+
+def deployment_config(
+    deployment_id: str, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer_job_name: str
+) -> Any:
+    """The SDK's deployment request for these settings. Raises ConfigError when no deployment shape is known."""
+    from fireworks.training.sdk import DeploymentConfig
+
+    shape = deploy.deployment_shape or profile.deployment_shape
+    if not shape:
+        fix = f"set it: training shape {profile.training_shape} names no deployment shape of its own"
+        raise ConfigError("DeployConfig.deployment_shape", deploy.deployment_shape, fix)
+    replicas: dict[str, int] = {}
+    if deploy.replica_count is not None:
+        replicas = {"min_replica_count": deploy.replica_count, "max_replica_count": deploy.replica_count}
+    return DeploymentConfig(
+        deployment_id=deployment_id,
+        base_model=base_model,
+        deployment_shape=shape,
+        region=deploy.deployment_region,
+        hot_load_bucket_type=deploy.hot_load_bucket_type,
+        hot_load_trainer_job=trainer_job_name,
+        disable_speculative_decoding=deploy.disable_speculative_decoding,
+        extra_args=deploy.deployment_extra_args,
+        extra_values=deploy.extra_values,
+        for_training=True,
+        **replicas,
+    )
+
+
+def derive_deployment_id(base_model: str) -> str:
+    """A fresh deployment id that starts with the base model's name: lower case letters, digits, hyphens."""
+    name = re.sub(r"[^a-z0-9]+", "-", base_model.rsplit("/", 1)[-1].lower()).strip("-")
+    return f"{name[:50].rstrip('-') or 'model'}-{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn the SDK's refusals into a PlatformError that says what was being done."""
+    try:
+        yield
+    except httpx.HTTPStatusError as exc:
+        raise PlatformError(f"{what}: HTTP {exc.response.status_code}: {exc.response.text[:500]}") from exc
+    except (PlatformError, ConfigError):
+        raise
+    except (RuntimeError, TimeoutError, ValueError, httpx.HTTPError) as exc:
+        raise PlatformError(f"{what}: {exc}") from exc
+
+
+def _probe(base_url: str, api_key: str) -> None:
+    # The SDK retries an unreachable server for five minutes; a mistyped address should not cost that.
+    try:
+        answer = httpx.get(
+            f"{base_url}/v1/accounts?pageSize=2", headers={"X-Api-Key": api_key}, timeout=PROBE_TIMEOUT_S
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as exc:
+        fix = "start the server (`firebox up`) or set FIREWORKS_BASE_URL"
+        raise PlatformError(f"no server answers at {base_url} ({exc}): {fix}") from exc
+    if answer.status_code in (401, 403):
+        fix = "FIREWORKS_API_KEY and FIREWORKS_BASE_URL must belong together"
+        raise PlatformError(f"{base_url} refused the key (HTTP {answer.status_code}): {fix}")
+    if not answer.is_success:
+        raise PlatformError(f"{base_url} answered HTTP {answer.status_code}: {answer.text[:300]}")
