@@ -103,10 +103,13 @@ class Engine:
         newcomers = self._schedule()
         try:
             self._compute(newcomers)
-        except Exception as error:  # one bad turn must not end the thread that serves everybody
-            logger.exception("a turn of the engine failed")
-            self._fail(self._scheduler.clear_live(), Internal(f"the sampler failed on this batch: {error}"))
+        except Exception as error:  # noqa: BLE001 - one bad turn must not end the thread that serves everybody
+            self._abandon_turn(error)
         self._answer()
+
+    def _abandon_turn(self, error: Exception) -> None:
+        logger.error("a turn of the engine failed", exc_info=error)
+        self._fail(self._scheduler.clear_live(), Internal(f"the sampler failed on this batch: {error}"))
 
     def _receive(self) -> None:
         """Handle what has arrived; wait for it only when there is nothing else to do."""

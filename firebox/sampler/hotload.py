@@ -87,12 +87,13 @@ class Hotloader:
                 self._stage = "verified"
                 await self._swap(command.identity, staged)
             except FireboxError as error:
-                logger.warning("hot-load of %s refused: %s", command.identity, error.message)
-                self._stage, self._error = before, error.message
-            except Exception as error:
-                # Foreign files fail in many ways. Nothing has been copied yet, so the old weights serve on.
-                logger.exception("hot-load of %s failed", command.identity)
-                self._stage, self._error = before, f"cannot be read: {type(error).__name__}: {error}"
+                self._fail(before, error.message, error)
+            except Exception as error:  # noqa: BLE001 - foreign files fail in many ways; nothing has been copied yet
+                self._fail(before, f"cannot be read: {type(error).__name__}: {error}", error)
+
+    def _fail(self, stage: HotloadStage, reason: str, error: Exception) -> None:
+        logger.warning("hot-load of %s failed: %s", self._target, reason, exc_info=error)
+        self._stage, self._error = stage, reason
 
     def _fetch(self, command: HotloadCommand) -> dict[str, Tensor]:
         directory = Path(command.path)
@@ -149,10 +150,9 @@ class Hotloader:
             if not swap.done.cancelled():
                 raise
             raise Unavailable("the sampler is stopping") from error
-        except Exception as error:
-            # The engine's thread hands over whatever broke the copy; from here on the weights are unknown.
-            logger.exception("hot-load of %s broke the weights", identity)
-            self._stage, self._current, self._error = "error", None, f"{type(error).__name__}: {error}"
+        except Exception as error:  # noqa: BLE001 - whatever broke the copy: the weights are unknown from here on
+            self._current = None
+            self._fail("error", f"the copy broke: {type(error).__name__}: {error}", error)
         else:
             self._stage, self._current, self._target = "serving", identity, None
 

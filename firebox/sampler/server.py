@@ -234,14 +234,18 @@ def _answering(endpoint: Endpoint) -> Endpoint:
             response = await endpoint(request)
         except FireboxError as error:
             response = _json(inference_envelope(error), status=error.status)
-        except Exception as error:
-            logger.exception("%s failed", request.url.path)
-            bug = Internal(f"the sampler failed: {type(error).__name__}: {error}")
-            response = _json(inference_envelope(bug), status=bug.status)
+        except Exception as error:  # noqa: BLE001 - the edge of the process: a bug becomes an envelope, never a bare 500
+            response = _report_bug(request, error)
         response.headers[REQUEST_ID_HEADER] = request.headers.get(REQUEST_ID_HEADER) or uuid.uuid4().hex
         return response
 
     return answer
+
+
+def _report_bug(request: Request, error: Exception) -> Response:
+    logger.error("%s failed", request.url.path, exc_info=error)
+    bug = Internal(f"the sampler failed: {type(error).__name__}: {error}")
+    return _json(inference_envelope(bug), status=bug.status)
 
 
 def _json(body: object, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
