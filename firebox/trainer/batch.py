@@ -22,6 +22,8 @@ from firebox.trainer.losses import FLOAT_INPUTS
 from firebox.wire.errors import InvalidArgument
 from firebox.wire.training import Datum, TensorData
 
+Array = NDArray[np.float32] | NDArray[np.int64]
+
 _MAX_BATCH_TOKENS: Final = 8192
 _MAX_LOGITS: Final = 2**27
 """Cells of one micro-batch's logits [T, V]: 512 MiB in float32, a few times that with its gradient."""
@@ -86,7 +88,7 @@ def pack(examples: Sequence[Example], budget: int, device: torch.device) -> Iter
         yield _join(examples, batch, device)
 
 
-def to_array(field: str, tensor: TensorData) -> NDArray[np.float32] | NDArray[np.int64]:
+def to_array(field: str, tensor: TensorData) -> Array:
     """The dense array of a wire tensor; raises InvalidArgument naming `field` when its parts do not fit together."""
     try:
         values = np.asarray(tensor.data, dtype=tensor.dtype)
@@ -101,7 +103,7 @@ def to_array(field: str, tensor: TensorData) -> NDArray[np.float32] | NDArray[np
     return values.reshape(tensor.shape)
 
 
-def _from_csr(field: str, tensor: TensorData, values: NDArray) -> NDArray:
+def _from_csr(field: str, tensor: TensorData, values: Array) -> Array:
     crow = np.asarray(tensor.sparse_crow_indices, dtype=np.int64)
     col = np.asarray(tensor.sparse_col_indices or [], dtype=np.int64)
     shape = tensor.shape or []
@@ -155,18 +157,17 @@ def _tokens(where: str, datum: Datum, vocab_size: int, max_length: int) -> NDArr
 
 
 def _targets(field: str, tensor: TensorData, length: int, vocab_size: int) -> NDArray[np.int64]:
+    if tensor.dtype != "int64":
+        raise InvalidArgument(f"{field}: dtype {tensor.dtype!r} must be 'int64'")
     array = to_array(field, tensor)
     if array.ndim not in (1, 2) or array.shape[0] != length or array.size == 0:
         raise InvalidArgument(
             f"{field}: shape {list(array.shape)} does not fit {length} input tokens; send [{length}] or [{length}, K]"
         )
-    if tensor.dtype != "int64":
-        raise InvalidArgument(f"{field}: dtype {tensor.dtype!r} must be 'int64'")
-    _check_ids(field, array, vocab_size)
-    return array
+    return _check_ids(field, array, vocab_size)
 
 
-def _check_ids(field: str, ids: list[int] | NDArray[np.int64], vocab_size: int) -> NDArray[np.int64]:
+def _check_ids(field: str, ids: list[int] | Array, vocab_size: int) -> NDArray[np.int64]:
     try:
         array = np.asarray(ids, dtype=np.int64)
     except OverflowError as error:
@@ -190,7 +191,7 @@ def _per_token(field: str, tensor: TensorData, shape: tuple[int, ...]) -> NDArra
 def _join(examples: Sequence[Example], indices: list[int], device: torch.device) -> MicroBatch:
     chosen = [examples[i] for i in indices]
 
-    def cat(arrays: list[NDArray]) -> Tensor:
+    def cat(arrays: Sequence[Array]) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays)).to(device)
 
     return MicroBatch(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import torch
@@ -51,7 +51,7 @@ class Adapter:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, name: str):  # noqa: ANN202  (torch's hook type)
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         down, up = self.parameters[f"{name}.lora_A.weight"], self.parameters[f"{name}.lora_B.weight"]
 
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -23,14 +24,16 @@ from firebox.wire.training import (
     CreateModel,
     CreateModelAddress,
     Failed,
+    ModelCreated,
     ModelUnloaded,
     Operation,
     OperationAddress,
     Result,
     UnloadModel,
+    failed,
 )
 
-_KEEP_RESULT_S: Final = 1800.0
+_KEEP_RESULT_S: Final = 600.0
 
 Submit = Callable[[Command, Callable[[Result], None]], None]
 
@@ -44,11 +47,6 @@ class Future:
         self.result: Result | None = None
         self.finished_at = 0.0
 
-    def resolve(self, result: Result) -> None:
-        self.result = result
-        self.finished_at = time.monotonic()
-        self.done.set()
-
 
 class _Sequence:
     """One model's order: the next place to leave for the engine, and who came early."""
@@ -60,14 +58,16 @@ class _Sequence:
 
 
 class Session:
-    """All sessions and models of one trainer. `submit` hands a command to the engine and gets its result called back."""
+    """All sessions and models of one trainer; `submit` takes commands to the engine, which calls back with results."""
 
     def __init__(self, submit: Submit) -> None:
         self._submit = submit
         self._loop = asyncio.get_running_loop()
         self._session_ids: set[str] = set()
         self._sequences: dict[str, _Sequence] = {}
+        self._created: dict[str, ModelCreated] = {}
         self._futures: dict[str, Future] = {}
+        self._finished: deque[Future] = deque()
 
     @property
     def model_ids(self) -> list[str]:
@@ -75,12 +75,18 @@ class Session:
 
     @property
     def num_pending(self) -> int:
-        return sum(not future.done.is_set() for future in self._futures.values())
+        return len(self._futures) - len(self._finished)
 
     def open_session(self) -> str:
         session_id = f"session-{uuid.uuid4().hex}"
         self._session_ids.add(session_id)
         return session_id
+
+    def created(self, model_id: str) -> ModelCreated:
+        """What a model was created as; raises NotFound."""
+        if model_id not in self._created:
+            raise _unknown_model(model_id)
+        return self._created[model_id]
 
     def check_session(self, session_id: str) -> None:
         """Raises NotFound when this trainer did not open that session."""
@@ -113,13 +119,11 @@ class Session:
     def unload_model(self, model_id: str) -> Future:
         """Forget a model after what was accepted before; who still waits for a gap to fill fails. Repeatable."""
         future = self._new_future()
-        sequence = self._sequences.pop(model_id, None)
-        if sequence is None:
-            future.resolve(ModelUnloaded(model_id=model_id))
-            return future
-        for _, waiting in sequence.early.values():
-            waiting.resolve(Failed(error=f"{model_id} was unloaded while this request waited", category="user"))
-        self._send(model_id, UnloadModel(), future)
+        if model_id in self._sequences:
+            self._forget_model(model_id, "was unloaded while this request waited for earlier ones")
+            self._send(model_id, UnloadModel(), future)
+        else:
+            self._finish(future, ModelUnloaded(model_id=model_id))
         return future
 
     async def wait(self, request_id: str, hold_s: float) -> Result | None:
@@ -167,9 +171,23 @@ class Session:
 
     def _resolve(self, model_id: str, kind: type | None, future: Future, result: Result) -> None:
         if kind is CreateModel and isinstance(result, Failed):
-            # There is no such model: the same place may be tried again.
-            self._sequences.pop(model_id, None)
-        future.resolve(result)
+            # There is no such model, so its creation may be tried again.
+            self._forget_model(model_id, "could not be created")
+        if isinstance(result, ModelCreated):
+            self._created[model_id] = result
+        self._finish(future, result)
+
+    def _forget_model(self, model_id: str, why: str) -> None:
+        self._created.pop(model_id, None)
+        sequence = self._sequences.pop(model_id, None)
+        for _, waiting in sequence.early.values() if sequence else ():
+            self._finish(waiting, Failed(error=f"model_id: {model_id} {why}", category="user"))
+
+    def _finish(self, future: Future, result: Result) -> None:
+        future.result = result
+        future.finished_at = time.monotonic()
+        future.done.set()
+        self._finished.append(future)
 
     def _new_future(self) -> Future:
         self._forget_expired()
@@ -179,21 +197,13 @@ class Session:
 
     def _failed(self, error: FireboxError) -> Future:
         future = self._new_future()
-        future.resolve(failed(error))
+        self._finish(future, failed(error))
         return future
 
     def _forget_expired(self) -> None:
-        """Drop results that nobody can still be waiting for. Futures are kept in order of arrival, so stop early."""
         deadline = time.monotonic() - _KEEP_RESULT_S
-        for request_id, future in list(self._futures.items()):
-            if not future.done.is_set() or future.finished_at > deadline:
-                return
-            del self._futures[request_id]
-
-
-def failed(error: FireboxError) -> Failed:
-    """The failed result that carries `error`."""
-    return Failed(error=error.message, category="user" if error.status < 500 else "server")
+        while self._finished and self._finished[0].finished_at < deadline:
+            del self._futures[self._finished.popleft().request_id]
 
 
 def _unknown_model(model_id: str) -> NotFound:

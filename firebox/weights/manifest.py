@@ -125,6 +125,12 @@ def committed_dir(target: Path) -> Iterator[Path]:
         raise
 
 
+def sweep_scratch(parent: Path) -> None:
+    """Remove what killed writers left in `parent`. Only for its single writer, before it writes anything."""
+    for scratch in parent.glob(".*"):
+        shutil.rmtree(scratch)
+
+
 def seal(directory: Path, manifest: Manifest) -> None:
     """Fsync every file of `manifest`, then write and fsync the manifest itself."""
     for entry in manifest.files:

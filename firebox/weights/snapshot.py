@@ -48,7 +48,7 @@ def read_tensors(directory: Path, manifest: SnapshotManifest) -> dict[str, Tenso
     """The tensors of a snapshot, on the CPU, as `write_snapshot` got them; raises FailedPrecondition when damaged."""
     verify(directory, manifest)
     if manifest.adapter is None:
-        return load_file(directory / WEIGHTS_FILE)
+        return dict(load_file(directory / WEIGHTS_FILE))
     return {name.removeprefix(_PEFT_PREFIX): t for name, t in load_file(directory / ADAPTER_FILE).items()}
 
 

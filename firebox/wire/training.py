@@ -13,8 +13,10 @@ import json
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from firebox.wire.errors import InvalidArgument
+from firebox.wire.errors import FireboxError, InvalidArgument
 
 Normalization = Literal["none", "num_loss_tokens", "num_sequences"]
 GradNormMetrics = Literal["off", "basic", "detailed"]
@@ -151,7 +153,9 @@ class ModelUnloaded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OutputTensor(msgspec.Struct, frozen=True, kw_only=True):
-    data: list[int] | list[float]
+    """`data` is flat and stays an array until it is encoded: results are kept for a while, lists are larger."""
+
+    data: NDArray[np.float32] | NDArray[np.int64]
     dtype: Literal["float32", "int64"]
     shape: list[int]
 
@@ -194,6 +198,28 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
 Result = (
     ModelCreated | ModelUnloaded | ForwardOutput | OptimStepOutput | StateSaved | StateLoaded | SavedForSampler | Failed
 )
+
+
+def failed(error: FireboxError) -> Failed:
+    """The result that carries `error`."""
+    return Failed(error=error.message, category="user" if error.status < 500 else "server")
+
+
+def output_tensor(array: NDArray[np.float32] | NDArray[np.int64]) -> OutputTensor:
+    """Wrap a float32 or int64 array of any shape."""
+    dtype: Literal["float32", "int64"] = "float32" if array.dtype == np.float32 else "int64"
+    return OutputTensor(data=array.reshape(-1), dtype=dtype, shape=list(array.shape))
+
+
+def encode_result(result: Result) -> bytes:
+    """The JSON body that answers a finished future."""
+    return msgspec.json.encode(result, enc_hook=_array_to_list)
+
+
+def _array_to_list(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be encoded")
 
 
 # ----------------------------------------------------------------------------------------------------- request bodies

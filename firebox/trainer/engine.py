@@ -1,0 +1,248 @@
+"""The engine: one plain thread that executes commands on the live weights.
+
+Owns the base model and the state of every model trained on it. Knows no sessions, sequence numbers or HTTP: commands
+arrive in the order in which they must happen, as plain values that another rank could execute as well.
+
+Invariant: a command happens completely or not at all. A mistake in its data is found before anything changes; whatever
+goes wrong later leaves the weights and the gradients that were there before.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from firebox.modeling.causal_lm import load_causal_lm
+from firebox.trainer import passes
+from firebox.trainer.checkpoint import (
+    checkpoints_dir,
+    find_checkpoint,
+    read_checkpoint_tensors,
+    save_checkpoint,
+    snapshots_dir,
+)
+from firebox.trainer.lora import Adapter
+from firebox.trainer.publish import publish, snapshot_kind
+from firebox.trainer.state import ModelState
+from firebox.weights.manifest import CheckpointManifest, sweep_scratch
+from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound
+from firebox.wire.names import check_snapshot_id
+from firebox.wire.training import (
+    Command,
+    CreateModel,
+    Failed,
+    Forward,
+    ForwardOutput,
+    LoadState,
+    ModelCreated,
+    ModelUnloaded,
+    OptimStep,
+    OptimStepOutput,
+    Result,
+    SavedForSampler,
+    SaveForSampler,
+    SaveState,
+    StateLoaded,
+    StateSaved,
+    UnloadModel,
+    failed,
+)
+from firebox.wire.worker import TrainerSpec
+
+log = logging.getLogger(__name__)
+
+Answer = Callable[[Result], None]
+
+
+class EngineThread:
+    """Executes commands one after the other, each answered from this thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._stopping = threading.Event()
+        self._inbox: queue.SimpleQueue[tuple[Command, Answer] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, command: Command, answer: Answer) -> None:
+        self._inbox.put((command, answer))
+
+    def stop(self, timeout_s: float) -> None:
+        """Let the running command finish, for at most `timeout_s` seconds, and drop the others."""
+        self._stopping.set()
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while (received := self._inbox.get()) is not None:
+            command, answer = received
+            result = self._engine.execute(command)
+            if self._stopping.is_set():
+                return  # whoever waited for the answer is gone
+            answer(result)
+
+
+class Engine:
+    """One base model and what is trained on it. Loading is blocking; nothing here is safe for two threads."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        torch.set_num_threads(spec.runtime.threads)
+        self._spec = spec
+        self._job_dir = Path(spec.job_dir)
+        for directory in (checkpoints_dir(self._job_dir), snapshots_dir(self._job_dir)):
+            sweep_scratch(directory)
+        # Weights stay float32, whatever the matrix products are computed in: small updates would be lost otherwise.
+        self._lm = load_causal_lm(Path(spec.model_dir), device="cuda" if torch.cuda.is_available() else "cpu")
+        trains_base = not (spec.lora_rank or spec.forward_only)
+        self._lm.model.requires_grad_(trains_base)
+        self._base = ModelState(dict(self._lm.model.named_parameters()) if trains_base else {})
+        self._models: dict[str, ModelState] = {}
+        self._handlers: dict[type, Callable[[str, Any], Result]] = {
+            CreateModel: self._create_model,
+            UnloadModel: self._unload_model,
+            Forward: self._forward,
+            OptimStep: self._optim_step,
+            SaveState: self._save_state,
+            LoadState: self._load_state,
+            SaveForSampler: self._save_for_sampler,
+        }
+
+    @property
+    def architecture(self) -> str:
+        return str(self._lm.model.config.model_type)
+
+    def execute(self, command: Command) -> Result:
+        """Execute one command. Never raises: a mistake becomes a `Failed` result, and so does a bug of ours."""
+        try:
+            with torch.autocast(self._lm.device.type, torch.bfloat16, enabled=self._spec.dtype == "bfloat16"):
+                return self._handlers[type(command.operation)](command.model_id, command.operation)
+        except FireboxError as error:
+            return failed(error)
+        except Exception as error:
+            # The boundary of one command: a bug in it must not take down the training of the others.
+            log.exception("%s of %s failed", type(command.operation).__name__, command.model_id)
+            return Failed(error=f"{type(error).__name__}: {error}", category="server")
+
+    def _create_model(self, model_id: str, create: CreateModel) -> ModelCreated:
+        rank = create.lora_config.rank
+        self._check_create(create)
+        if rank == 0:
+            # Full-parameter training has one set of live weights; who creates it again attaches to it.
+            self._models[model_id] = self._base
+        else:
+            adapter = Adapter(self._lm, create.lora_config)
+            self._models[model_id] = ModelState(adapter.parameters, adapter)
+        return ModelCreated(model_id=model_id, is_lora=rank > 0, lora_rank=rank)
+
+    def _check_create(self, create: CreateModel) -> None:
+        spec, rank = self._spec, create.lora_config.rank
+        if create.base_model.rpartition("/")[2] != spec.base_model.rpartition("/")[2]:
+            raise InvalidArgument(
+                f"base_model: {create.base_model!r} is not loaded; this job trains {spec.base_model!r}"
+            )
+        if create.projection_head_dim is not None:
+            raise InvalidArgument("projection_head_dim: projection heads are not supported; leave the field out")
+        if not 0 <= rank <= spec.lora_rank:
+            raise InvalidArgument(
+                f"lora_config.rank: {rank} must lie between 0 and this job's lora_rank, {spec.lora_rank}; "
+                "create the job with a larger lora_rank"
+            )
+        if create.base_only and (rank or not self._base_is_frozen):
+            raise InvalidArgument(
+                "base_only: this job trains the base weights themselves; use a forward-only job as the reference"
+            )
+        if rank == 0 and spec.lora_rank and not (create.base_only or spec.forward_only):
+            raise InvalidArgument(f"lora_config.rank: this is a LoRA job; ask for a rank from 1 to {spec.lora_rank}")
+        if rank and spec.forward_only:
+            raise InvalidArgument("lora_config.rank: this is a forward-only job, which trains nothing; ask for rank 0")
+
+    @property
+    def _base_is_frozen(self) -> bool:
+        return not self._base.parameters
+
+    def _unload_model(self, model_id: str, _: UnloadModel) -> ModelUnloaded:
+        self._models.pop(model_id, None)
+        return ModelUnloaded(model_id=model_id)
+
+    def _forward(self, model_id: str, request: Forward) -> ForwardOutput:
+        if not request.backward:
+            state = self._model(model_id)
+            with state.active():
+                return passes.run(self._lm, request, self._spec.max_context_length).output
+        state = self._trainable(model_id, "forward_backward")
+        with state.active(), state.accumulating():
+            result = passes.run(self._lm, request, self._spec.max_context_length)
+        state.count(result.num_loss_tokens, result.num_sequences)
+        return result.output
+
+    def _optim_step(self, model_id: str, step: OptimStep) -> OptimStepOutput:
+        state = self._trainable(model_id, "optim_step")
+        metrics = state.optim_step(step.adam_params, step.normalization)
+        line = {"time": _now(), "model_id": model_id, "step": state.step, **metrics}
+        with (self._job_dir / "metrics.jsonl").open("ab") as file:
+            file.write(msgspec.json.encode({k: v for k, v in line.items() if not k.endswith(":last")}) + b"\n")
+        return OptimStepOutput(metrics=metrics)
+
+    def _save_state(self, model_id: str, save: SaveState) -> StateSaved:
+        state = self._trainable(model_id, "save_state")
+        manifest = CheckpointManifest(
+            name=save.name,
+            base_model=self._spec.base_model,
+            step=state.step,
+            created_at=_now(),
+            files=[],
+            adapter=state.adapter.info if state.adapter else None,
+        )
+        save_checkpoint(self._job_dir, state.tensors(), manifest)
+        return StateSaved(path=save.name)
+
+    def _load_state(self, model_id: str, load: LoadState) -> StateLoaded:
+        state = self._trainable(model_id, "load_state")
+        directory, manifest = find_checkpoint(load.ref, self._job_dir, Path(self._spec.jobs_dir))
+        state.load(read_checkpoint_tensors(directory, manifest), optimizer=load.optimizer)
+        return StateLoaded(path=load.ref, model_id=model_id)
+
+    def _save_for_sampler(self, model_id: str, save: SaveForSampler) -> SavedForSampler:
+        state = self._trainable(model_id, "save_weights_for_sampler")
+        identity = check_snapshot_id("path", save.name)
+        parent = state.last_snapshot
+        kind = snapshot_kind(save.checkpoint_type, is_lora=state.adapter is not None, parent=parent)
+        with state.active():
+            publish(
+                snapshots_dir(self._job_dir) / identity,
+                self._lm,
+                state.adapter,
+                kind=kind,
+                parent=parent,
+                base_model=self._spec.base_model,
+                step=state.step,
+                dtype=getattr(torch, self._spec.dtype),
+            )
+        state.last_snapshot = identity
+        return SavedForSampler(path=identity)
+
+    def _model(self, model_id: str) -> ModelState:
+        if model_id not in self._models:
+            raise NotFound(f"model_id: {model_id!r} could not be created or was unloaded", reason="MODEL_NOT_FOUND")
+        return self._models[model_id]
+
+    def _trainable(self, model_id: str, operation: str) -> ModelState:
+        state = self._model(model_id)
+        if not state.parameters:
+            raise FailedPrecondition(
+                f"{operation}: {model_id} is frozen (forward-only job or base_only model); only forward works here",
+                reason="MODEL_FROZEN",
+            )
+        return state
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

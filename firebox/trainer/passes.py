@@ -1,0 +1,110 @@
+"""One request's forward, and backward, over its micro-batches.
+
+Owns the way from a checked request to log-probs, loss and gradients. Does not know which model is active, nor whether
+gradients will be kept.
+
+Invariant: the loss is differentiated on its own, with the log-probs as leaves. So what counts as a loss token, one
+whose dLoss/dlogp is not zero, is the same for a built-in loss and for a client's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from firebox.modeling.attention import PackedCausal
+from firebox.modeling.causal_lm import CausalLM, logprobs_of, packed_positions
+from firebox.trainer.batch import MicroBatch, check_datums, pack, token_budget
+from firebox.trainer.losses import Loss, find_loss, resolve_config
+from firebox.wire.errors import FailedPrecondition, InvalidArgument
+from firebox.wire.training import Forward, ForwardOutput, OutputTensor, output_tensor
+
+
+class PassResult(NamedTuple):
+    output: ForwardOutput
+    num_loss_tokens: int
+    num_sequences: int
+
+
+def run(lm: CausalLM, request: Forward, max_length: int) -> PassResult:
+    """Compute `request` with the model as it is; with `request.backward` gradients end up in the parameters' `grad`.
+
+    Raises InvalidArgument before any computation when the request is wrong, FailedPrecondition when the loss or its
+    derivative is not finite.
+    """
+    loss = find_loss(request.loss_fn)
+    top_k, given = _split_top_k(request, lm.vocab_size)
+    config = resolve_config(request.loss_fn, loss, given)
+    examples = check_datums(request.data, loss.required, vocab_size=lm.vocab_size, max_length=max_length)
+    outputs: list[dict[str, OutputTensor]] = [{} for _ in examples]
+    total, num_loss_tokens, num_sequences = 0.0, 0, 0
+    for batch in pack(examples, token_budget(lm.vocab_size), lm.device):
+        with torch.set_grad_enabled(request.backward):
+            logits = _logits(lm, batch)
+            logprobs = logprobs_of(logits, batch.targets)
+        loss_sum, slope = _differentiate(loss, logprobs, batch, config)
+        if request.backward:
+            logprobs.backward(slope)
+        total += loss_sum
+        counts = [int(_cells(part).any(-1).sum()) for part in slope.split(batch.lengths)]
+        num_loss_tokens += sum(counts)
+        num_sequences += sum(count > 0 for count in counts)
+        _collect(outputs, batch, {"logprobs": logprobs.detach(), **_top(logits, top_k)})
+    output = ForwardOutput(
+        loss_fn_output_type=f"{request.loss_fn}_output", loss_fn_outputs=outputs, metrics={"loss:sum": total}
+    )
+    return PassResult(output, num_loss_tokens, num_sequences)
+
+
+def _logits(lm: CausalLM, batch: MicroBatch) -> Tensor:
+    hidden = lm.hidden(batch.tokens, packed_positions(batch.lengths, lm.device), PackedCausal(batch.lengths))
+    return lm.logits(hidden)
+
+
+def _differentiate(
+    loss: Loss, logprobs: Tensor, batch: MicroBatch, config: Mapping[str, float]
+) -> tuple[float, Tensor]:
+    """The summed loss of a micro-batch and its derivative by the log-probs, of their shape."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        per_token = loss.per_token(leaf, batch.inputs, config)
+        (slope,) = torch.autograd.grad(per_token.sum(), leaf)
+    loss_sum = per_token.detach().double().sum().item()
+    if not (torch.isfinite(slope).all() and torch.isfinite(per_token).all()):
+        raise FailedPrecondition(
+            f"data: the loss or its derivative is not finite for datums {sorted(batch.indices)[:8]}; "
+            "look for extreme advantages, weights or log-probs",
+            reason="LOSS_NOT_FINITE",
+        )
+    return loss_sum, slope
+
+
+def _split_top_k(request: Forward, vocab_size: int) -> tuple[int, dict[str, Any]]:
+    given = dict(request.loss_fn_config)
+    if request.backward or request.loss_fn != "cross_entropy" or "top_k" not in given:
+        return 0, given
+    top_k = given.pop("top_k")
+    if isinstance(top_k, bool) or top_k != int(top_k) or not 1 <= top_k <= vocab_size:
+        raise InvalidArgument(f"loss_fn_config.top_k: {top_k!r} must be a whole number from 1 to {vocab_size}")
+    return int(top_k), given
+
+
+def _top(logits: Tensor, top_k: int) -> dict[str, Tensor]:
+    if not top_k:
+        return {}
+    values, indices = logits.topk(top_k, dim=-1)
+    return {"top_k_logprobs": values - logits.logsumexp(-1, keepdim=True), "top_k_indices": indices}
+
+
+def _cells(slope: Tensor) -> Tensor:
+    """[T] or [T, K] -> whether each cell contributes, [T, K]."""
+    return (slope != 0).reshape(slope.shape[0], -1)
+
+
+def _collect(outputs: Sequence[dict[str, OutputTensor]], batch: MicroBatch, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        for index, part in zip(batch.indices, tensor.cpu().split(batch.lengths), strict=True):
+            outputs[index][name] = output_tensor(part.numpy())

@@ -1,0 +1,100 @@
+"""What a client asks of a trainer besides operations: sessions, facts about the model, the tokenizer, liveness.
+
+Owns the bodies and answers of these calls. Does not know operations or their order; nothing here waits for the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from tokenizers import Tokenizer
+
+from firebox.trainer.checkpoint import list_checkpoints as saved_checkpoints
+from firebox.trainer.session import Session
+from firebox.wire.errors import InvalidArgument, NotFound
+from firebox.wire.training import OperationAddress, decode_address
+from firebox.wire.worker import TrainerSpec
+
+_T = TypeVar("_T")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _SessionBody(msgspec.Struct):
+    session_id: str
+
+
+class _TextBody(msgspec.Struct):
+    text: str
+
+
+def constant(answer: dict[str, Any]) -> Handler:
+    async def handle(request: Request) -> Response:
+        return JSONResponse(answer)
+
+    return handle
+
+
+async def create_session(request: Request) -> Response:
+    return JSONResponse({"session_id": request.state.session.open_session(), "type": "create_session"})
+
+
+async def session_heartbeat(request: Request) -> Response:
+    request.state.session.check_session((await read_body(request, _SessionBody)).session_id)
+    return JSONResponse({"type": "session_heartbeat"})
+
+
+async def get_info(request: Request) -> Response:
+    spec: TrainerSpec = request.state.spec
+    model_id = decode_address(await request.body(), OperationAddress).model_id
+    created = request.state.session.created(model_id)
+    return JSONResponse(
+        {
+            "type": "get_info",
+            "model_id": model_id,
+            "model_data": {
+                "arch": request.state.architecture,
+                "model_name": spec.base_model,
+                "tokenizer_id": spec.model_dir,
+            },
+            "model_name": spec.base_model,
+            "is_lora": created.is_lora,
+            "lora_rank": created.lora_rank,
+        }
+    )
+
+
+async def capabilities(request: Request) -> Response:
+    spec: TrainerSpec = request.state.spec
+    model = {"model_name": spec.base_model, "max_context_length": spec.max_context_length}
+    return JSONResponse({"supported_models": [model | {"trainable": not spec.forward_only, "sampleable": False}]})
+
+
+async def list_checkpoints(request: Request) -> Response:
+    names = await asyncio.to_thread(saved_checkpoints, Path(request.state.spec.job_dir))
+    return JSONResponse({"checkpoints": names})
+
+
+async def encode_text(request: Request) -> Response:
+    tokenizer: Tokenizer | None = request.state.tokenizer
+    text = (await read_body(request, _TextBody)).text
+    if tokenizer is None:
+        raise NotFound("the base model has no tokenizer.json; encode the text on the client")
+    return JSONResponse({"tokens": tokenizer.encode(text).ids})
+
+
+async def status(request: Request) -> Response:
+    session: Session = request.state.session
+    return JSONResponse({"job": request.state.spec.job, "models": session.model_ids, "pending": session.num_pending})
+
+
+async def read_body(request: Request, kind: type[_T]) -> _T:
+    try:
+        return msgspec.json.decode(await request.body(), type=kind)
+    except msgspec.DecodeError as error:
+        raise InvalidArgument(f"body: {error}") from error
