@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from training.utils.client import ReconnectableClient
+from training.utils.config import WeightSyncConfig
 from training.utils.errors import CheckpointError
 
 FILE_NAME = "checkpoints.jsonl"
@@ -58,6 +60,10 @@ class CheckpointLog:
         """The newest row that can be resumed from."""
         return next((row for row in reversed(self.rows()) if row.state_path), None)
 
+    def names(self) -> list[str]:
+        """Where each checkpoint can be loaded or promoted from, oldest first."""
+        return [str(row.state_path or row.sampler_path) for row in self.rows()]
+
     def append(self, row: Checkpoint) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -68,23 +74,43 @@ class CheckpointLog:
 
 @dataclass(frozen=True)
 class Checkpointer:
-    """Saves the states of one run under `step-<n>` and finds the one to go on from.
-
-    `interval` is `dcp_save_interval`: 0 saves nothing. `timeout` bounds one save or load, in seconds.
-    """
+    """Saves the states of one run under `step-<n>` and finds the one to go on from."""
 
     client: ReconnectableClient
     log: CheckpointLog
     base_model: str
     training_shape: str
-    interval: int
-    timeout: int
+    sync: WeightSyncConfig
 
-    def resume(self) -> Checkpoint | None:
-        """Load the newest state, if there is one. Raises CheckpointError when it does not fit or does not load."""
+    @property
+    def interval(self) -> int:
+        """Steps between two states, 0 for none."""
+        return self.sync.dcp_save_interval
+
+    @property
+    def timeout(self) -> int:
+        """Seconds that one save or load may take."""
+        return self.sync.dcp_timeout
+
+    def start(self, init_from: str | None, note: Callable[[str], None]) -> tuple[int, int]:
+        """Load what the run goes on from and say so: (finished steps, consumed rows).
+
+        The newest state of this `log_path` comes first, then the weights of `init_from`, then a fresh start. Raises
+        CheckpointError when what is there does not fit or does not load.
+        """
         row = self.log.latest()
-        if row is None:
-            return None
+        if self.interval == 0:
+            note("no checkpoints: weight_sync.dcp_save_interval is 0, so this run cannot be resumed")
+        if row is not None:
+            self._load_own(row)
+            note(f"resumed at step {row.step}, row {row.data_consumed}, from {row.state_path}")
+            return row.step, row.data_consumed
+        if init_from is not None:
+            load_state(self.client, init_from, self.timeout, with_optimizer=False)
+            note(f"starting at step 0, row 0, with the weights of {init_from}")
+        return 0, 0
+
+    def _load_own(self, row: Checkpoint) -> None:
         for what, mine, saved in (
             ("base_model", self.base_model, row.base_model),
             ("training_shape", self.training_shape, row.training_shape),
@@ -95,9 +121,7 @@ class Checkpointer:
         if self.interval == 0:
             fix = "set weight_sync.dcp_save_interval above 0 to resume from it, or choose another log_path"
             raise CheckpointError(f"{self.log.path} holds a checkpoint of step {row.step}: {fix}")
-        assert row.state_path is not None
-        load_state(self.client, row.state_path, self.timeout, with_optimizer=True)
-        return row
+        load_state(self.client, str(row.state_path), self.timeout, with_optimizer=True)
 
     def due(self, step: int) -> bool:
         """Whether a state belongs behind this many finished steps."""
@@ -111,6 +135,11 @@ class Checkpointer:
         name = self.client.save_state(f"step-{step}", timeout=self.timeout).path.rsplit("/", 1)[-1]
         state_path = self.client.resolve_checkpoint_path(name, source_job_id=self.client.job_id)
         return self._record(name, step, data_consumed, state_path=state_path)
+
+    def finish(self, step: int, data_consumed: int) -> None:
+        """Save the state behind the last step, unless saving is off."""
+        if self.interval > 0:
+            self.save(step, data_consumed)
 
     def save_promotable(self, step: int, data_consumed: int) -> str:
         """Save full sampler weights behind `step`, record them, return the snapshot's name for promotion."""

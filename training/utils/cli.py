@@ -26,7 +26,9 @@ def run(config_type: type[C], main: Callable[[C], dict[str, Any]]) -> None:
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        config = tyro.cli(config_type, description=sys.modules[config_type.__module__].__doc__)
+        module = sys.modules[config_type.__module__]
+        prog = f"python -m {module.__spec__.name}" if module.__spec__ else None
+        config = tyro.cli(config_type, prog=prog, description=module.__doc__)
         result = main(config)
     except CookbookError as exc:
         print(f"error: {exc}", file=sys.stderr)

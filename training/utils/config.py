@@ -17,7 +17,7 @@ from training.utils.errors import ConfigError
 Count = Annotated[int, Ge(0)]
 Positive = Annotated[int, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
-Seconds = Annotated[float, Gt(0)]
+PositiveFloat = Annotated[float, Gt(0)]
 WholeSeconds = Annotated[int, Gt(0)]
 Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
 
@@ -80,7 +80,7 @@ class InfraConfig(Checked):
     training_shape_id: str | None = None
     ref_training_shape_id: str | None = None
     region: str | None = None
-    trainer_timeout_s: Seconds = 3600
+    trainer_timeout_s: PositiveFloat = 3600
     extra_args: list[str] | None = None
     # The shape fills these. They exist so that a resolved setup can be described with the same class.
     accelerator_type: str | None = None
@@ -122,7 +122,7 @@ class DeployConfig(Checked):
     deployment_shape: str | None = None
     deployment_region: str | None = None
     hot_load_bucket_type: str = "FW_HOSTED"
-    deployment_timeout_s: Seconds = 5400
+    deployment_timeout_s: PositiveFloat = 5400
     deployment_extra_args: list[str] | None = None
     sample_timeout: WholeSeconds = 600
     disable_speculative_decoding: bool = True
@@ -179,3 +179,11 @@ class OptimConfig(Checked):
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     eps: Annotated[float, Gt(0)] = 1e-8
     grad_clip_norm: NonNegative = 1.0
+
+
+def check_output_model_id(model_id: str | None) -> None:
+    """Refuse an id for the promoted model that the platform would refuse after hours of training."""
+    from fireworks.training.sdk import validate_output_model_id
+
+    if model_id is not None and (errors := validate_output_model_id(model_id)):
+        raise ConfigError("Config.output_model_id", model_id, errors[0])

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,18 +32,15 @@ class Curves:
 
 
 class RunLog:
-    """The record of one run in `log_path`. Use as a context manager.
+    """The record of one run in `log_path`. Use as a context manager, and call `begin` before the first step.
 
-    `live` maps the names shown while training to metrics. Rows behind `start_step` are left over from a run that was
-    cut off and are dropped; the metrics of an earlier run that is not being resumed are moved aside.
+    `live` maps the names shown while training to metrics.
     """
 
     def __init__(
         self,
         log_path: str | Path,
         *,
-        start_step: int,
-        total_steps: int,
         live: Mapping[str, str],
         curves: Sequence[Curves],
         wandb: WandBConfig,
@@ -52,29 +49,39 @@ class RunLog:
         self.folder = Path(log_path).expanduser()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "metrics.jsonl"
-        self._total, self._live, self._curves = total_steps, live, curves
-        self._rows = self._kept_rows(start_step)
+        self._live, self._curves = live, curves
         self._console = Console(stderr=True)
         self._noted: set[str] = set()
+        self._rows: list[Row] = []
         self._progress = _progress_bar(self._console)
-        self._bar = self._progress.add_task("", total=total_steps, completed=start_step, live="")
         self._tracker = _Tracker(wandb, config, self.note)
-        self._first_step, self._started = start_step, time.monotonic()
+        self._file: TextIO | None = None
 
     def __enter__(self) -> RunLog:
+        return self
+
+    def begin(self, start_step: int, total_steps: int) -> None:
+        """Open the record behind `start_step` finished steps.
+
+        Later rows are left over from a run that was cut off and are dropped; the metrics of an earlier run that is not
+        being resumed are moved aside.
+        """
+        self._rows = self._kept_rows(start_step)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
+        self._first_step, self._total, self._started = start_step, total_steps, time.monotonic()
+        self._bar = self._progress.add_task("", total=total_steps, completed=start_step, live="")
         if self._console.is_terminal:
             self._progress.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
-            self._progress.stop()
-        self._file.close()
         self._tracker.finish()
+        if self._file is None:
+            return
+        self._progress.stop()
+        self._file.close()
         if self._rows:
             self.note(f"curves: {draw(self._rows, self._curves, self.folder / 'curves.png')}")
         self.note(f"metrics: {self.path}")
@@ -88,6 +95,7 @@ class RunLog:
     def log(self, step: int, metrics: Mapping[str, float]) -> Row:
         """Record the metrics of one finished step and show the live ones. Returns the row."""
         row: Row = {"step": step, "time": round(time.time(), 3), **metrics}
+        assert self._file is not None, "begin() comes before the first row"
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._rows.append(row)
@@ -100,6 +108,11 @@ class RunLog:
             eta = f"ETA {pace * max(self._total - step, 0):.0f} s"
             self._console.print(f"step {step}/{self._total}  {shown}  {eta}", highlight=False, soft_wrap=True)
         return row
+
+    def result(self, **about: Any) -> dict[str, Any]:
+        """What a recipe returns: facts about the run, the newest value of every metric, where the log is."""
+        metrics = {key: value for row in self._rows for key, value in row.items()}
+        return {**about, "metrics": metrics, "log_path": str(self.folder)}
 
     def _kept_rows(self, start_step: int) -> list[Row]:
         if not self.path.exists():

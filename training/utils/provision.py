@@ -128,18 +128,16 @@ class Workspace:
         )
 
     def sampler(self, deployment_id: str, tokenizer: Any) -> DeploymentSampler:
-        """Token-in, token-out access to a deployment; its concurrency follows the server's queue."""
+        """Token-in, token-out access to a deployment, closed by the caller. Its concurrency follows the server."""
         from fireworks.training.sdk import AdaptiveConcurrencyController, DeploymentSampler
 
-        sampler = DeploymentSampler(
+        return DeploymentSampler(
             inference_url=self.deployments.inference_url,
             model=f"accounts/{self.deployments.account_id}/deployments/{deployment_id}",
             api_key=self.api_key,
             tokenizer=tokenizer,
             concurrency_controller=AdaptiveConcurrencyController(initial_window=SAMPLING_WINDOW),
         )
-        self._cleanup.callback(sampler.close)
-        return sampler
 
     def promote(self, job_id: str, snapshot: str, output_model_id: str, base_model: str) -> str:
         """Turn a saved snapshot into a model that can be deployed; returns the model's name."""
@@ -174,6 +172,14 @@ def deployment_config(
         for_training=True,
         **replicas,
     )
+
+
+def context_limit(profile: TrainingShapeProfile, max_seq_len: int | None) -> int:
+    """Tokens one sequence may have: what the shape holds, or less when asked. Raises ConfigError for more."""
+    holds = profile.max_supported_context_length
+    if max_seq_len is not None and max_seq_len > holds:
+        raise ConfigError("Config.max_seq_len", max_seq_len, f"{profile.training_shape} holds {holds} tokens")
+    return max_seq_len or holds
 
 
 def derive_deployment_id(base_model: str) -> str:
