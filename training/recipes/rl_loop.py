@@ -18,7 +18,7 @@ import numpy as np
 from annotated_types import Ge, Lt
 
 from training.utils import cli, data, losses
-from training.utils.checkpoints import Checkpointer, CheckpointLog
+from training.utils.checkpoints import Checkpointer, CheckpointLog, load_state
 from training.utils.client import ReconnectableClient
 from training.utils.config import (
     Checked,
@@ -29,7 +29,7 @@ from training.utils.config import (
     Normalization,
     OptimConfig,
     Positive,
-    PositiveFloat,
+    RolloutConfig,
     WandBConfig,
     WeightSyncConfig,
     check_output_model_id,
@@ -38,7 +38,7 @@ from training.utils.config import (
 from training.utils.datums import build_datum
 from training.utils.errors import ConfigError, DataError
 from training.utils.metrics import Curves, RunLog, Timer
-from training.utils.provision import Workspace, context_limit
+from training.utils.provision import Workspace
 from training.utils.render import load_tokenizer, render_prompt
 from training.utils.rl.rollout import Prompt, RewardSpec, Rollout, Rollouts, describe, load_reward, save_rollouts
 from training.utils.schedule import adam_params
@@ -78,20 +78,15 @@ class Config(Checked):
     output_model_id: str | None = None  # promote the result under this id
     init_from: str | None = None  # start from these weights, cross_job://<job>/<name>
     lora_rank: Count = 0  # 0 trains all parameters
-    max_seq_len: Positive | None = None  # longer rows are left out; unset: what the shape holds
     policy_loss: Literal["grpo", "importance_sampling"] = "grpo"  # grpo clips the ratio
     kl_beta: NonNegative = 0.001  # penalty towards infra.ref_training_shape_id
-    learning_rate: PositiveFloat = 1e-5  # the peak; see optim for its schedule
     max_steps: Positive = 100  # optimizer steps
-    prompts_per_step: Positive = 8  # groups per step
-    group_size: Annotated[int, Ge(2)] = 8  # answers per prompt
-    max_tokens: Positive = 256  # tokens per answer at most
-    temperature: PositiveFloat = 1.0  # of training rollouts; evaluation is greedy
     eval_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of the rows that is held out
     eval_every: Count = 0  # evaluate every so many steps; always before the first and after the last
     seed: int = 0  # fixes the split, the order and every draw
     grad_accumulation_normalization: Normalization | None = "num_loss_tokens"  # what the server divides the gradient by
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5))
     infra: InfraConfig = field(default_factory=InfraConfig)
     deployment: DeployConfig = field(default_factory=DeployConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
@@ -119,13 +114,11 @@ def load_prompts(config: Config, tokenizer: Any, limit: int, note: Callable[[str
     sides = []
     for side in data.split(data.load_prompts(config.dataset), config.eval_fraction, config.seed):
         prompts = [Prompt(row, render_prompt(tokenizer, row)) for row in side]
-        kept = [prompt for prompt in prompts if len(prompt.tokens) + config.max_tokens <= limit]
+        kept = [prompt for prompt in prompts if len(prompt.tokens) + config.rollout.max_tokens <= limit]
         if len(kept) < len(prompts):
-            note(
-                f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts: no room for {config.max_tokens} tokens"
-            )
+            note(f"left out {len(prompts) - len(kept)} of {len(prompts)} prompts: rollout.max_tokens has no room")
         if prompts and not kept:
-            raise DataError(f"{config.dataset}: no prompt fits; {limit} tokens must hold prompt and max_tokens")
+            raise DataError(f"{config.dataset}: no prompt fits; {limit} tokens must hold prompt and rollout.max_tokens")
         sides.append(kept)
     note(f"training on {len(sides[0])} prompts; {len(sides[1])} held out")
     return Prompts(*sides)
@@ -154,13 +147,13 @@ class Run:
             on_step(self.log.log(0, self.evaluate()))
         for step in range(start + 1, config.max_steps + 1):
             timer = Timer()
-            indices = data.batch_at(len(train), consumed, config.prompts_per_step, config.seed)
-            consumed += config.prompts_per_step
+            indices = data.batch_at(len(train), consumed, config.rollout.prompts_per_step, config.seed)
+            consumed += config.rollout.prompts_per_step
             with timer("rollout"):
                 groups = self.rollouts.sample(
                     [train[i] for i in indices],
-                    group_size=config.group_size,
-                    temperature=config.temperature,
+                    group_size=config.rollout.group_size,
+                    temperature=config.rollout.temperature,
                     step=step,
                 )
             advantages = [losses.group_advantages([rollout.reward for rollout in group]) for group in groups]
@@ -206,7 +199,7 @@ class Run:
         with timer("forward_backward"):
             datums = [rollout.datum(value) for (rollout, _), value in zip(kept, shaped, strict=True)]
             output = self.client.forward_backward(datums, loss_fn, loss_config)
-        adam = adam_params(config.optim, config.learning_rate, step, config.max_steps)
+        adam = adam_params(config.optim, step, config.max_steps)
         with timer("optim"):
             optim = self.client.optim_step(adam, config.grad_accumulation_normalization).metrics or {}
         own = [r.answer_part(out["logprobs"].data) for (r, _), out in zip(kept, output.loss_fn_outputs, strict=True)]
@@ -244,12 +237,15 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
     ):
         profile = workspace.resolve(shape_id)
         tokenizer = load_tokenizer(str(config.deployment.tokenizer_model))
-        limit = context_limit(profile, config.max_seq_len)
-        prompts = load_prompts(config, tokenizer, limit, log.note)
+        prompts = load_prompts(config, tokenizer, profile.max_supported_context_length, log.note)
 
         # --- provision ---
         client = workspace.trainer(
-            config.base_model, profile, config.infra, lora_rank=config.lora_rank, learning_rate=config.learning_rate
+            config.base_model,
+            profile,
+            config.infra,
+            lora_rank=config.lora_rank,
+            learning_rate=config.optim.learning_rate,
         )
         reference = None
         if ref_shape_id is None:
@@ -257,17 +253,12 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
         else:
             ref_profile = workspace.resolve(ref_shape_id)
             reference = workspace.trainer(config.base_model, ref_profile, config.infra, forward_only=True)
+            if config.init_from:
+                load_state(reference, config.init_from, sync.dcp_timeout, with_optimizer=False)
         deployment_id = workspace.deployment(config.base_model, profile, config.deployment, client)
         syncer = workspace.syncer(client, deployment_id, config.base_model, config.lora_rank, sync)
-        deploy = config.deployment
-        rollouts = Rollouts(
-            workspace.sampler(deployment_id, tokenizer),
-            tokenizer,
-            reward,
-            config.max_tokens,
-            deploy.sample_timeout,
-            config.seed,
-        )
+        sampler, timeout = workspace.sampler(deployment_id, tokenizer), config.deployment.sample_timeout
+        rollouts = Rollouts(sampler, tokenizer, reward, config.rollout.max_tokens, timeout, config.seed)
         saver = Checkpointer(client, CheckpointLog(config.log_path), config.base_model, shape_id, sync)
         start, consumed = saver.start(config.init_from, log.note)
         if sync.weight_sync_interval > 0 and (sync.weight_sync_before_training or start > 0 or config.init_from):

@@ -28,7 +28,6 @@ from training.utils.config import (
     Normalization,
     OptimConfig,
     Positive,
-    PositiveFloat,
     WandBConfig,
     WeightSyncConfig,
     check_output_model_id,
@@ -63,7 +62,6 @@ class Config(Checked):
     init_from: str | None = None  # start from these weights, cross_job://<job>/<name>
     lora_rank: Count = 0  # 0 trains all parameters
     max_seq_len: Positive | None = None  # longer rows are left out; unset: what the shape holds
-    learning_rate: PositiveFloat = 1e-4  # the peak; see optim for its schedule
     batch_size: Positive = 8  # rows per step
     epochs: Positive = 1  # passes over the training rows
     max_steps: Positive | None = None  # overrides epochs
@@ -191,7 +189,7 @@ class Run:
         left = config.batch_size if config.max_steps else num_rows * config.epochs - consumed
         size = min(config.batch_size, left)
         batch = Batch([self.train.rows[i] for i in data.batch_at(num_rows, consumed, size, config.seed)])
-        adam = adam_params(config.optim, config.learning_rate, step, self.total_steps)
+        adam = adam_params(config.optim, step, self.total_steps)
         forward_backward = self.client.inner.forward_backward(batch.datums(), "cross_entropy")
         optim_step = self.client.inner.optim_step(
             adam, grad_accumulation_normalization=config.grad_accumulation_normalization
@@ -230,7 +228,11 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
 
         # --- provision ---
         client = workspace.trainer(
-            config.base_model, profile, config.infra, lora_rank=config.lora_rank, learning_rate=config.learning_rate
+            config.base_model,
+            profile,
+            config.infra,
+            lora_rank=config.lora_rank,
+            learning_rate=config.optim.learning_rate,
         )
         saver = Checkpointer(client, CheckpointLog(config.log_path), config.base_model, shape_id, config.weight_sync)
         start, consumed = saver.start(config.init_from, log.note)

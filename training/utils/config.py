@@ -167,11 +167,12 @@ class WandBConfig(Checked):
 
 @dataclass
 class OptimConfig(Checked):
-    """AdamW and its schedule, beside the learning rate that each recipe holds itself.
+    """AdamW and its schedule. `learning_rate` is the peak, reached after `warmup_steps` that rise linearly from zero.
 
-    `grad_clip_norm` bounds the global gradient norm, 0 means no bound. `warmup_steps` rise linearly from zero.
+    `grad_clip_norm` bounds the global gradient norm, 0 means no bound.
     """
 
+    learning_rate: PositiveFloat = 1e-4
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Count = 0
     weight_decay: NonNegative = 0.01
@@ -179,6 +180,19 @@ class OptimConfig(Checked):
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
     eps: Annotated[float, Gt(0)] = 1e-8
     grad_clip_norm: NonNegative = 1.0
+
+
+@dataclass
+class RolloutConfig(Checked):
+    """What one step samples: `group_size` answers of at most `max_tokens` to each of `prompts_per_step` prompts.
+
+    `temperature` is that of training rollouts; evaluation is greedy.
+    """
+
+    prompts_per_step: Positive = 8
+    group_size: Annotated[int, Ge(2)] = 8
+    max_tokens: Positive = 256
+    temperature: PositiveFloat = 1.0
 
 
 def check_output_model_id(model_id: str | None) -> None:

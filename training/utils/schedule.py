@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from fireworks.training.sdk.types import AdamParams
 
 
-def adam_params(optim: OptimConfig, learning_rate: float, step: int, total_steps: int) -> AdamParams:
+def adam_params(optim: OptimConfig, step: int, total_steps: int) -> AdamParams:
     """AdamW for the step with this number, counted from 1; `total_steps` is where a decay ends."""
     from fireworks.training.sdk import compute_lr, parse_lr_scheduler_spec
     from fireworks.training.sdk.types import AdamParams
 
     schedule = parse_lr_scheduler_spec({"type": optim.lr_schedule, "warmup_steps": optim.warmup_steps})
     return AdamParams(
-        learning_rate=compute_lr(schedule, step, learning_rate, total_steps=total_steps),
+        learning_rate=compute_lr(schedule, step, optim.learning_rate, total_steps=total_steps),
         beta1=optim.beta1,
         beta2=optim.beta2,
         eps=optim.eps,
