@@ -91,9 +91,12 @@ def pack(examples: Sequence[Example], budget: int, device: torch.device) -> Iter
 def to_array(field: str, tensor: TensorData) -> Array:
     """The dense array of a wire tensor; raises InvalidArgument naming `field` when its parts do not fit together."""
     try:
-        values = np.asarray(tensor.data, dtype=tensor.dtype)
+        with np.errstate(over="ignore"):  # becomes an infinity, which is refused where it matters
+            values = np.asarray(tensor.data, dtype=tensor.dtype)
     except OverflowError as error:
         raise InvalidArgument(f"{field}: a value does not fit {tensor.dtype}") from error
+    if tensor.dtype == "int64" and any(isinstance(value, float) and value != int(value) for value in tensor.data):
+        raise InvalidArgument(f"{field}: dtype 'int64' holds whole numbers only")
     if tensor.sparse_crow_indices is not None:
         return _from_csr(field, tensor, values)
     if tensor.shape is None:
