@@ -56,8 +56,9 @@ back little only round man year came show every good me give our under name very
 think say help low line differ turn cause much mean before move right boy old too same tell does set three want air
 well also play small end put home read hand port large spell add even land here must big high such follow act why ask
 men change went light kind off need house picture try us again animal point mother world near build self earth father
-user assistant system question answer please reverse order digits letters word words list sum total count table column
-row query value text question database average minimum maximum greater less between equal model train token reward
+user assistant system question answer please reverse flip mirror invert swap around order digits letters list sum total
+count table column row query value text database average minimum maximum greater less between equal model train token
+reward
 """.split()  # noqa: SIM905 - prose is easier to read and to extend than a list of quoted words
 _TABLES: Final = "orders users products employees cities albums students flights matches".split()  # noqa: SIM905
 _COLUMNS: Final = "id name price year country salary rating age date amount city status title".split()  # noqa: SIM905
