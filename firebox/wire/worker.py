@@ -38,6 +38,13 @@ class ReadyNotice(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
 
 
+class WorkerAddress(msgspec.Struct, frozen=True):
+    """Where a running worker listens, and the token every request to it carries."""
+
+    socket: str
+    token: str
+
+
 class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One trainer process.
 

@@ -1,0 +1,1 @@
+"""The rows. One file per resource; `base` holds what all share. Decides nothing."""

@@ -1,0 +1,7 @@
+"""Alembic runs the migrations on the connection that the database hands it."""
+
+from alembic import context
+
+context.configure(connection=context.config.attributes["connection"])
+with context.begin_transaction():
+    context.run_migrations()
