@@ -9,6 +9,8 @@ Whatever goes wrong leaves no directory behind.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -53,16 +55,16 @@ def export(request: ExportRequest) -> ExportReport:
     out_dir = Path(request.out_dir)
     if out_dir.exists():
         raise FailedPrecondition(f"out_dir: {out_dir} exists already; name a new directory")
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, out_dir, ignore_errors=True)
         out_dir.mkdir(parents=True)
         if manifest.adapter is None:
             _write_full(directory, manifest, Path(request.model_dir), out_dir)
         else:
             _write_adapter(directory, out_dir)
-        return _compare(manifest, Path(request.model_dir), out_dir)
-    except BaseException:
-        shutil.rmtree(out_dir, ignore_errors=True)
-        raise
+        report = _compare(manifest, Path(request.model_dir), out_dir)
+        undo.pop_all()
+    return report
 
 
 def _answer(raw: bytes) -> ExportReport:
@@ -78,16 +80,18 @@ def _source(request: ExportRequest) -> tuple[Path, SnapshotManifest]:
     """The last snapshot of the chain; a delta holds full weights, so that one suffices. All of them are verified."""
     if not request.chain:
         raise FailedPrecondition("chain: there is no snapshot to export")
-    previous: str | None = None
-    for link in request.chain:
-        directory = Path(link)
-        manifest = read_snapshot(directory)
-        if manifest is None:
-            raise FailedPrecondition(f"chain: there is no committed snapshot in {directory}")
-        if previous is not None and manifest.parent != previous:
-            raise FailedPrecondition(f"chain: the parent of {manifest.identity} is {manifest.parent}, not {previous}")
-        verify(directory, manifest)
-        previous = manifest.identity
+    links = [_link(Path(directory)) for directory in request.chain]
+    for (_, parent), (_, child) in itertools.pairwise(links):
+        if child.parent != parent.identity:
+            raise FailedPrecondition(f"chain: the parent of {child.identity} is {child.parent}, not {parent.identity}")
+    return links[-1]
+
+
+def _link(directory: Path) -> tuple[Path, SnapshotManifest]:
+    manifest = read_snapshot(directory)
+    if manifest is None:
+        raise FailedPrecondition(f"chain: there is no committed snapshot in {directory}")
+    verify(directory, manifest)
     return directory, manifest
 
 
@@ -155,7 +159,7 @@ def _difference(model: nn.Module, probe: Probe) -> float:
     tokens = torch.tensor(probe.tokens)
     logprobs = model.eval()(input_ids=tokens[None]).logits[0, :-1].float().log_softmax(-1)
     computed = logprobs.gather(-1, tokens[1:, None]).squeeze(-1)
-    return (computed - torch.tensor(probe.logprobs)).abs().max().item()
+    return float((computed - torch.tensor(probe.logprobs)).abs().max())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,9 +127,9 @@ class Engine:
                 return self._handlers[type(command.operation)](command.model_id, command.operation)
         except FireboxError as error:
             return failed(error)
-        except Exception as error:
-            # The boundary of one command: a bug in it must not take down the training of the others.
-            log.exception("%s of %s failed", type(command.operation).__name__, command.model_id)
+        except Exception as error:  # noqa: BLE001  one command's bug must not take down the others' training
+            trace = "".join(traceback.format_exception(error))
+            log.error("%s of %s failed\n%s", type(command.operation).__name__, command.model_id, trace)
             return Failed(error=f"{type(error).__name__}: {error}", category="server")
 
     def _create_model(self, model_id: str, create: CreateModel) -> ModelCreated:

@@ -42,12 +42,11 @@ class ModelState:
     def accumulating(self) -> Iterator[None]:
         """Add the gradients made inside this block to those before it, or, when the block fails, none of them."""
         before = {name: parameter.grad for name, parameter in self.parameters.items()}
-        self._set_gradients({})
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._set_gradients, before)
+            self._set_gradients({})
             yield
-        except BaseException:
-            self._set_gradients(before)
-            raise
+            undo.pop_all()
         for name, parameter in self.parameters.items():
             earlier = before[name]
             if earlier is not None:
@@ -64,7 +63,7 @@ class ModelState:
         divisors = {"none": 1, "num_loss_tokens": self._num_loss_tokens, "num_sequences": self._num_sequences}
         try:
             metrics = self._optimizer.step(params, max(1, divisors[normalization]))
-        except FailedPrecondition:
+        except FailedPrecondition:  # the gradients were dropped, so what was counted with them goes too
             self._num_loss_tokens = self._num_sequences = 0
             raise
         self._num_loss_tokens = self._num_sequences = 0

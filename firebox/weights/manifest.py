@@ -113,16 +113,15 @@ def committed_dir(target: Path) -> Iterator[Path]:
         raise AlreadyExists(f"{target.name} exists already; choose another name", reason="ARTIFACT_EXISTS")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-    scratch.mkdir()
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, scratch, ignore_errors=True)
+        scratch.mkdir()
         yield scratch
         if not (scratch / MANIFEST_NAME).exists():
             raise AssertionError("committed_dir: the manifest was not written")
         os.rename(scratch, target)
-        _fsync(target.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+        undo.pop_all()
+    _fsync(target.parent)
 
 
 def sweep_scratch(parent: Path) -> None:

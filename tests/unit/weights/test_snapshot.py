@@ -46,7 +46,7 @@ def test_a_snapshot_never_changes(tmp_path: Path):
 def test_damage_is_named(tmp_path: Path):
     written = write_snapshot(tmp_path / "one", TENSORS, manifest())
     (tmp_path / "one" / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(FailedPrecondition, match="model.safetensors"):
+    with pytest.raises(FailedPrecondition, match=r"model\.safetensors"):
         read_tensors(tmp_path / "one", written)
 
 
