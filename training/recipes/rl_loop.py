@@ -35,12 +35,22 @@ from training.utils.config import (
     check_output_model_id,
     validate,
 )
-from training.utils.datums import build_datum
 from training.utils.errors import ConfigError, DataError
 from training.utils.metrics import Curves, RunLog, Timer
 from training.utils.provision import Workspace
 from training.utils.render import load_tokenizer, render_prompt
-from training.utils.rl.rollout import Prompt, RewardSpec, Rollout, Rollouts, describe, load_reward, save_rollouts
+from training.utils.rl.rollout import (
+    Prompt,
+    RewardSpec,
+    Rollout,
+    Rollouts,
+    answer_parts,
+    compare,
+    describe,
+    load_reward,
+    logprobs_of,
+    save_rollouts,
+)
 from training.utils.schedule import adam_params
 
 if TYPE_CHECKING:
@@ -174,7 +184,7 @@ class Run:
     def train_step(
         self, step: int, groups: Sequence[Sequence[Rollout]], advantages: Sequence[losses.Array], timer: Timer
     ) -> dict[str, float]:
-        """One gradient step on the groups that can teach something. Returns its metrics; none when no group can."""
+        """One gradient step on the groups that can teach something; without one, only the mismatch is measured."""
         config = self.config
         kept = [
             (rollout, float(value))
@@ -183,12 +193,14 @@ class Run:
             if values.any()
         ]
         if not kept:
-            return {}
+            self.log.note(f"step {step}: every group earned equal rewards, so there is nothing to learn and no update")
+            rollouts = [rollout for group in groups for rollout in group]
+            return compare(rollouts, logprobs_of(self.client, rollouts))
         metrics: dict[str, float] = {}
         shaped: list[float | losses.Array] = [value for _, value in kept]
         if self.reference is not None:
             with timer("reference"):
-                references = self.reference_logprobs([rollout for rollout, _ in kept])
+                references = logprobs_of(self.reference, [rollout for rollout, _ in kept])
             pairs = [(rollout.logprobs, ref) for (rollout, _), ref in zip(kept, references, strict=True)]
             metrics["train/kl"] = float(np.concatenate([losses.k3(own, ref) for own, ref in pairs]).mean())
             shaped = [
@@ -202,17 +214,11 @@ class Run:
         adam = adam_params(config.optim, step, config.max_steps)
         with timer("optim"):
             optim = self.client.optim_step(adam, config.grad_accumulation_normalization).metrics or {}
-        own = [r.answer_part(out["logprobs"].data) for (r, _), out in zip(kept, output.loss_fn_outputs, strict=True)]
-        sampled = np.concatenate([rollout.logprobs for rollout, _ in kept])
-        metrics |= {"train/loss": output.metrics["loss:sum"] / sampled.size, "optim/lr": adam.learning_rate}
-        metrics |= losses.mismatch(sampled, np.concatenate(own))
+        rollouts = [rollout for rollout, _ in kept]
+        num_tokens = sum(len(rollout.tokens) for rollout in rollouts)
+        metrics |= {"train/loss": output.metrics["loss:sum"] / num_tokens, "optim/lr": adam.learning_rate}
+        metrics |= compare(rollouts, answer_parts(rollouts, output))
         return metrics | ({"optim/grad_norm": optim["grad_norm"]} if "grad_norm" in optim else {})
-
-    def reference_logprobs(self, rollouts: Sequence[Rollout]) -> list[losses.Array]:
-        """The frozen reference's log-probs of the sampled tokens, one array [C] per rollout."""
-        assert self.reference is not None
-        outputs = self.reference.forward([build_datum([*r.prompt.tokens, *r.tokens]) for r in rollouts]).loss_fn_outputs
-        return [r.answer_part(output["logprobs"].data) for r, output in zip(rollouts, outputs, strict=True)]
 
     def evaluates(self, step: int) -> bool:
         """Whether the held-out reward is due behind this many steps."""
@@ -235,6 +241,8 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
         RunLog(config.log_path, live=LIVE, curves=CURVES, wandb=config.wandb, config=settings) as log,
         Workspace() as workspace,
     ):
+        records = CheckpointLog(config.log_path)
+        resume_from = records.to_resume(config.base_model, shape_id, sync)
         profile = workspace.resolve(shape_id)
         tokenizer = load_tokenizer(str(config.deployment.tokenizer_model))
         prompts = load_prompts(config, tokenizer, profile.max_supported_context_length, log.note)
@@ -259,8 +267,8 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
         syncer = workspace.syncer(client, deployment_id, config.base_model, config.lora_rank, sync)
         sampler, timeout = workspace.sampler(deployment_id, tokenizer), config.deployment.sample_timeout
         rollouts = Rollouts(sampler, tokenizer, reward, config.rollout.max_tokens, timeout, config.seed)
-        saver = Checkpointer(client, CheckpointLog(config.log_path), config.base_model, shape_id, sync)
-        start, consumed = saver.start(config.init_from, log.note)
+        saver = Checkpointer(client, records, config.base_model, shape_id, sync)
+        start, consumed = saver.start(resume_from, config.init_from, log.note)
         if sync.weight_sync_interval > 0 and (sync.weight_sync_before_training or start > 0 or config.init_from):
             syncer.save_and_hotload(f"start-{start}")
         log.begin(start, config.max_steps)
@@ -276,7 +284,7 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
             snapshot = saver.save_promotable(config.max_steps, consumed)
             output_model = workspace.promote(client.job_id, snapshot, config.output_model_id, config.base_model)
         return log.result(
-            job_id=client.job_id, deployment_id=deployment_id, checkpoints=saver.log.names(), output_model=output_model
+            job_id=client.job_id, deployment_id=deployment_id, checkpoints=records.names(), output_model=output_model
         )
 
 

@@ -222,6 +222,8 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
     ):
         if config.grad_accumulation_normalization not in (None, "none"):
             log.note("grad_accumulation_normalization divides once more: this loss is a mean per token already")
+        records = CheckpointLog(config.log_path)
+        resume_from = records.to_resume(config.base_model, shape_id, config.weight_sync)
         profile = workspace.resolve(shape_id)
         tokenizer = load_tokenizer(config.tokenizer_model)
         train, held_out = load_batches(config, tokenizer, context_limit(profile, config.max_seq_len), log.note)
@@ -234,8 +236,8 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
             lora_rank=config.lora_rank,
             learning_rate=config.optim.learning_rate,
         )
-        saver = Checkpointer(client, CheckpointLog(config.log_path), config.base_model, shape_id, config.weight_sync)
-        start, consumed = saver.start(config.init_from, log.note)
+        saver = Checkpointer(client, records, config.base_model, shape_id, config.weight_sync)
+        start, consumed = saver.start(resume_from, config.init_from, log.note)
         total_steps = config.max_steps or math.ceil(len(train.rows) * config.epochs / config.batch_size)
         log.begin(start, total_steps)
 
@@ -249,7 +251,7 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
             snapshot = saver.save_promotable(total_steps, consumed)
             output_model = workspace.promote(client.job_id, snapshot, config.output_model_id, config.base_model)
         return log.result(
-            job_id=client.job_id, deployment_id=None, checkpoints=saver.log.names(), output_model=output_model
+            job_id=client.job_id, deployment_id=None, checkpoints=records.names(), output_model=output_model
         )
 
 

@@ -60,6 +60,26 @@ class CheckpointLog:
         """The newest row that can be resumed from."""
         return next((row for row in reversed(self.rows()) if row.state_path), None)
 
+    def to_resume(self, base_model: str, training_shape: str, sync: WeightSyncConfig) -> Checkpoint | None:
+        """The row that a run with these settings goes on from, None for a fresh start. Touches no trainer.
+
+        Raises CheckpointError when there is a row that does not fit.
+        """
+        row = self.latest()
+        if row is None:
+            return None
+        for what, mine, saved in (
+            ("base_model", base_model, row.base_model),
+            ("training_shape", training_shape, row.training_shape),
+        ):
+            if mine != saved:
+                fix = "resume with that one, or choose another log_path"
+                raise CheckpointError(f"{self.path} was written with {what} {saved}, not {mine}: {fix}")
+        if sync.dcp_save_interval == 0:
+            fix = "set weight_sync.dcp_save_interval above 0 to resume from it, or choose another log_path"
+            raise CheckpointError(f"{self.path} holds a checkpoint of step {row.step}: {fix}")
+        return row
+
     def names(self) -> list[str]:
         """Where each checkpoint can be loaded or promoted from, oldest first."""
         return [str(row.state_path or row.sampler_path) for row in self.rows()]
@@ -92,36 +112,25 @@ class Checkpointer:
         """Seconds that one save or load may take."""
         return self.sync.dcp_timeout
 
-    def start(self, init_from: str | None, note: Callable[[str], None]) -> tuple[int, int]:
+    def start(
+        self, resume_from: Checkpoint | None, init_from: str | None, note: Callable[[str], None]
+    ) -> tuple[int, int]:
         """Load what the run goes on from and say so: (finished steps, consumed rows).
 
-        The newest state of this `log_path` comes first, then the weights of `init_from`, then a fresh start. Raises
-        CheckpointError when what is there does not fit or does not load.
+        `resume_from` (see `CheckpointLog.to_resume`) comes before the weights of `init_from`, and that before a fresh
+        start. Raises CheckpointError when it does not load.
         """
-        row = self.log.latest()
         if self.interval == 0:
             note("no checkpoints: weight_sync.dcp_save_interval is 0, so this run cannot be resumed")
-        if row is not None:
-            self._load_own(row)
-            note(f"resumed at step {row.step}, row {row.data_consumed}, from {row.state_path}")
-            return row.step, row.data_consumed
+        if resume_from is not None:
+            load_state(self.client, str(resume_from.state_path), self.timeout, with_optimizer=True)
+            step, consumed = resume_from.step, resume_from.data_consumed
+            note(f"resumed at step {step}, row {consumed}, from {resume_from.state_path}")
+            return step, consumed
         if init_from is not None:
             load_state(self.client, init_from, self.timeout, with_optimizer=False)
             note(f"starting at step 0, row 0, with the weights of {init_from}")
         return 0, 0
-
-    def _load_own(self, row: Checkpoint) -> None:
-        for what, mine, saved in (
-            ("base_model", self.base_model, row.base_model),
-            ("training_shape", self.training_shape, row.training_shape),
-        ):
-            if mine != saved:
-                fix = "resume with that one, or choose another log_path"
-                raise CheckpointError(f"{self.log.path} was written with {what} {saved}, not {mine}: {fix}")
-        if self.interval == 0:
-            fix = "set weight_sync.dcp_save_interval above 0 to resume from it, or choose another log_path"
-            raise CheckpointError(f"{self.log.path} holds a checkpoint of step {row.step}: {fix}")
-        load_state(self.client, str(row.state_path), self.timeout, with_optimizer=True)
 
     def due(self, step: int) -> bool:
         """Whether a state belongs behind this many finished steps."""

@@ -80,7 +80,8 @@ class RunLog:
         self._tracker.finish()
         if self._file is None:
             return
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
         self._file.close()
         if self._rows:
             self.note(f"curves: {draw(self._rows, self._curves, self.folder / 'curves.png')}")

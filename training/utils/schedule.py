@@ -11,13 +11,15 @@ if TYPE_CHECKING:
 
 
 def adam_params(optim: OptimConfig, step: int, total_steps: int) -> AdamParams:
-    """AdamW for the step with this number, counted from 1; `total_steps` is where a decay ends."""
+    """AdamW for the step with this number, counted from 1, of `total_steps`."""
     from fireworks.training.sdk import compute_lr, parse_lr_scheduler_spec
     from fireworks.training.sdk.types import AdamParams
 
+    # A decay ends one step behind the last, which would otherwise be taken with a learning rate of zero.
+    decay_end = total_steps + 1
     schedule = parse_lr_scheduler_spec({"type": optim.lr_schedule, "warmup_steps": optim.warmup_steps})
     return AdamParams(
-        learning_rate=compute_lr(schedule, step, optim.learning_rate, total_steps=total_steps),
+        learning_rate=compute_lr(schedule, step, optim.learning_rate, total_steps=decay_end),
         beta1=optim.beta1,
         beta2=optim.beta2,
         eps=optim.eps,

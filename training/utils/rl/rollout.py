@@ -1,6 +1,6 @@
-"""Prompts to scored rollouts: sampling by tokens, rewards, and the datums of a policy-gradient step.
+"""Prompts to scored rollouts: sampling by tokens, rewards, and what a trainer makes of them.
 
-Knows neither the trainer nor the schedule. Invariant: the tokens that are trained on are the tokens that were sampled,
+Knows neither the loop nor its schedule. Invariant: the tokens that are trained on are the tokens that were sampled,
 never text that was tokenized again.
 """
 
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tyro.constructors import PrimitiveConstructorSpec
 
+from training.utils.client import ReconnectableClient
 from training.utils.data import Row
 from training.utils.datums import build_datum
 from training.utils.errors import ConfigError, DataError
-from training.utils.losses import Array
+from training.utils.losses import Array, mismatch
 
 if TYPE_CHECKING:
     from fireworks.training.sdk import DeploymentSampler
@@ -74,10 +75,6 @@ class Rollout:
             logprobs=[0.0] * num_prompt + self.logprobs.tolist(),
             advantages=[0.0] * num_prompt + per_token.tolist(),
         )
-
-    def answer_part(self, values: Sequence[float]) -> Array:
-        """The part [C] of a trainer's per-position values [P+C-1] that scores the sampled tokens."""
-        return np.asarray(values, dtype=np.float64)[len(self.prompt.tokens) - 1 :]
 
 
 def load_reward(spec: RewardSpec) -> RewardFunction:
@@ -162,6 +159,26 @@ def describe(groups: Sequence[Sequence[Rollout]], advantages: Sequence[Array]) -
         "rollout/truncated_fraction": float(np.mean([rollout.truncated for rollout in rollouts])),
         "rollout/zero_variance_fraction": float(np.mean([not values.any() for values in advantages])),
     }
+
+
+def answer_parts(rollouts: Sequence[Rollout], output: Any) -> list[Array]:
+    """A trainer's log-probs of the sampled tokens, [C] per rollout, out of its answer for all positions [P+C-1]."""
+    return [
+        np.asarray(result["logprobs"].data, dtype=np.float64)[len(rollout.prompt.tokens) - 1 :]
+        for rollout, result in zip(rollouts, output.loss_fn_outputs, strict=True)
+    ]
+
+
+def logprobs_of(trainer: ReconnectableClient, rollouts: Sequence[Rollout]) -> list[Array]:
+    """This trainer's log-probs of the sampled tokens, [C] per rollout; no gradient is touched."""
+    datums = [build_datum([*rollout.prompt.tokens, *rollout.tokens]) for rollout in rollouts]
+    return answer_parts(rollouts, trainer.forward(datums))
+
+
+def compare(rollouts: Sequence[Rollout], trainer_logprobs: Sequence[Array]) -> dict[str, float]:
+    """The mismatch between sampler and trainer over all sampled tokens, as metrics."""
+    sampled = np.concatenate([rollout.logprobs for rollout in rollouts])
+    return mismatch(sampled, np.concatenate(list(trainer_logprobs)))
 
 
 def save_rollouts(folder: Path, step: int, groups: Sequence[Sequence[Rollout]], advantages: Sequence[Array]) -> Path:
