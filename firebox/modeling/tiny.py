@@ -66,7 +66,7 @@ _LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 
 
 def make_tiny(out_dir: Path, *, seed: int = 0) -> None:
-    """Write a random Qwen3-style model of about three million float32 parameters, with its tokenizer, to `out_dir`.
+    """Write a random Qwen3-style model of about 2.3 million float32 parameters, with its tokenizer, to `out_dir`.
 
     The directory is made when it is missing; files of the same names in it are replaced. Takes a few seconds on one
     core and needs no network.
@@ -90,8 +90,8 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=3,
+        intermediate_size=1024,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
