@@ -15,10 +15,10 @@ _TAIL_BYTES = 2000
 
 
 async def run_child(args: Sequence[str], stdin: bytes, deadline_s: float) -> bytes:
-    """Run `python -m firebox <args>` and return its stdout.
+    """Run `python -m firebox <args>` and return its stdout, also when it answers a failure there.
 
     Raises Unavailable when the deadline passes (the whole group is killed) and Internal, with the end of its
-    stderr, when it fails.
+    stderr, when it ends without an answer.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "firebox", *args),
@@ -35,7 +35,7 @@ async def run_child(args: Sequence[str], stdin: bytes, deadline_s: float) -> byt
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    if process.returncode != 0:
+    if not out.strip():
         tail = err[-_TAIL_BYTES:].decode(errors="replace").strip()
-        raise Internal(f"firebox {args[0]} failed with status {process.returncode}: {tail}")
+        raise Internal(f"firebox {args[0]} gave no answer, status {process.returncode}: {tail}")
     return out

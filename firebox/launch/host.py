@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Final
@@ -100,7 +101,7 @@ def _serve_on(
         app = TokenCheck(build(), token)
         listener = listen()
     except Exception as error:  # noqa: BLE001 - a process boundary; the launcher gets the reason, the log the trace
-        logging.getLogger(__name__).exception("worker could not start")
+        traceback.print_exc()
         reason = error.message if isinstance(error, FireboxError) else f"{type(error).__name__}: {error}"
         notify(ReadyNotice(ready=False, error=reason))
         sys.exit(1)

@@ -92,24 +92,17 @@ class LocalLauncher:
 
     async def start(self, plan: WorkerPlan, changed: Callable[[], None]) -> Worker:
         read_fd, write_fd = os.pipe()
-        try:
-            runtime = WorkerRuntime(
-                socket=self._socket_path(plan.ident),
-                token=secrets.token_hex(24),
-                lease=str(self._lease),
-                orphan_grace_s=self._grace_s,
-                ready_fd=write_fd,
-                threads=plan.threads,
-            )
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, read_fd)
+            undo.callback(self._forget, plan.ident)
+            runtime = self._runtime(plan, write_fd)
             spec = self._run_dir / f"{plan.ident}.json"
-            _write_private(spec, msgspec.json.encode(plan.spec(runtime)))
-            process = await _spawn(plan, spec, write_fd)
-        except BaseException:
-            os.close(read_fd)
-            self._forget(plan.ident)
-            raise
-        finally:
-            os.close(write_fd)
+            try:
+                _write_private(spec, msgspec.json.encode(plan.spec(runtime)))
+                process = await _spawn(plan, spec, write_fd)
+            finally:
+                os.close(write_fd)
+            undo.pop_all()
         mark = _Mark(process.pid, started_at(process.pid) or "")
         _write_private(self._run_dir / f"{plan.ident}.pid", msgspec.json.encode(mark))
         worker = LocalWorker(plan.ident, WorkerAddress(runtime.socket, runtime.token), process.pid, changed)
@@ -186,6 +179,16 @@ class LocalLauncher:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _runtime(self, plan: WorkerPlan, ready_fd: int) -> WorkerRuntime:
+        return WorkerRuntime(
+            socket=self._socket_path(plan.ident),
+            token=secrets.token_hex(24),
+            lease=str(self._lease),
+            orphan_grace_s=self._grace_s,
+            ready_fd=ready_fd,
+            threads=plan.threads,
+        )
 
     def _socket_path(self, ident: str) -> str:
         path = str(self._run_dir / f"{ident}.sock")

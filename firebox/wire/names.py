@@ -40,7 +40,8 @@ def check_model_id(field: str, value: str) -> str:
     """Like `check_id`, with inner dots allowed (`qwen2.5-0.5b`)."""
     if not _MODEL_ID.fullmatch(value) or ".." in value:
         raise InvalidArgument(
-            f"{field}: {value!r} is not a valid model id; use 1 to 63 lower-case letters, digits, inner hyphens or dots",
+            f"{field}: {value!r} is not a valid model id; use 1 to 63 lower-case letters, digits or inner "
+            "hyphens and dots",
             reason="INVALID_ID",
         )
     return value

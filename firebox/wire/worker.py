@@ -80,7 +80,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HotloadCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """`POST /worker/hotload`: load the snapshot whose manifest lies in `path` (resolved by the server, inside its store).
+    """`POST /worker/hotload`: load the snapshot whose manifest lies in `path`, which the server resolved.
 
     `previous` is the identity the client believes is loaded; it is checked for a delta and must be None otherwise.
     The call answers `ReplicaStatus` once the swap is done or refused.

@@ -1,0 +1,1 @@
+"""HTTP to service calls and back. One file per resource; nothing here decides."""

@@ -1,5 +1,7 @@
 """The first schema: accounts, keys, models, trainer jobs, deployments, operations."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -7,7 +9,7 @@ revision = "0001"
 down_revision = None
 
 
-def _resource(name: str, *columns: sa.Column) -> None:
+def _resource(name: str, *columns: sa.Column[Any]) -> None:
     op.create_table(
         name,
         sa.Column("account", sa.String, sa.ForeignKey("accounts.id"), primary_key=True),

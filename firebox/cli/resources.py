@@ -1,0 +1,131 @@
+"""The commands that show and change resources of a running server, as tables or, with --json, as the wire has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from firebox.cli.options import DEFAULT_DATA_DIR, DataDir
+
+if TYPE_CHECKING:
+    from firebox.cli.client import Client
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Rows = list[dict[str, Any]]
+
+models_app = typer.Typer(help="Add, make and list models.", no_args_is_help=True)
+
+
+def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
+    """What the server runs. Example: firebox status --json"""
+    client = _client(data_dir)
+    running = client.every("rlorTrainerJobs", "rlorTrainerJobs") + client.every("deployments", "deployments")
+    if not as_json:
+        print(f"{client.url}, account {client.account}, data in {client.layout.root}")
+    _show(running, ["name", "state", "statusMessage"], as_json)
+
+
+@models_app.command("add")
+def add_model(
+    name: Annotated[str, typer.Argument(help="Id of the new model.")],
+    source: Annotated[Path, typer.Option("--from", help="A Hugging Face directory with safetensors weights.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Copy a model directory into the server. Example: firebox models add qwen3-0.6b --from ./Qwen3-0.6B"""
+    from firebox.control.services.model_dir import stage
+
+    client = _client(data_dir)
+    _register(client, name, stage(source, client.layout.staging))
+
+
+@models_app.command("make-tiny")
+def make_tiny_model(
+    name: Annotated[str, typer.Argument(help="Id of the new model.")],
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Make a small random model with its tokenizer, to try things with. Example: firebox models make-tiny tiny"""
+    import uuid
+
+    client = _client(data_dir)
+    from firebox.modeling.tiny import make_tiny
+
+    staged = uuid.uuid4().hex
+    make_tiny(client.layout.staging / staged, seed=seed)
+    _register(client, name, staged)
+
+
+@models_app.command("list")
+def list_models(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
+    """Registered models. Example: firebox models list"""
+    _show(_client(data_dir).every("models", "models"), ["name", "kind", "contextLength", "createTime"], as_json)
+
+
+def shapes(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
+    """Training shapes: what a trainer job can be created on. Example: firebox shapes"""
+    found = _client(data_dir).every("trainingShapes/-/versions", "trainingShapeVersions")
+    rows = found if as_json else [{"name": version["name"], **version["snapshot"]} for version in found]
+    _show(rows, ["name", "trainerMode", "acceleratorType", "maxSupportedContextLength"], as_json)
+
+
+def jobs(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
+    """Trainer jobs, newest first. Example: firebox jobs --json"""
+    found = _client(data_dir).every("rlorTrainerJobs", "rlorTrainerJobs")
+    _show(found, ["name", "state", "trainingShape", "statusMessage"], as_json)
+
+
+def deployments(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
+    """Deployments, newest first. Example: firebox deployments"""
+    found = _client(data_dir).every("deployments", "deployments")
+    _show(found, ["name", "state", "baseModel", "hotLoadTrainerJob", "statusMessage"], as_json)
+
+
+def checkpoints(
+    job: Annotated[str, typer.Argument(help="Id of a trainer job, a deleted one included.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """What a job has saved, oldest first. Example: firebox checkpoints my-job"""
+    found = _client(data_dir).every(f"rlorTrainerJobs/{job}/checkpoints", "checkpoints")
+    _show(found, ["name", "checkpointType", "promotable", "createTime"], as_json)
+
+
+def logs(
+    job: Annotated[str, typer.Argument(help="Id of a trainer job.")], data_dir: DataDir = DEFAULT_DATA_DIR
+) -> None:
+    """Print the log of a job's trainer. Example: firebox logs my-job"""
+    from firebox.wire.errors import NotFound
+
+    client = _client(data_dir)
+    client.own("GET", f"rlorTrainerJobs/{job}")
+    path = client.layout.job_log(client.account, job)
+    if not path.exists():
+        raise NotFound(f"{path} does not exist; run this on the server's machine, with its --data-dir")
+    print(path.read_text(errors="replace"), end="")
+
+
+def _client(data_dir: Path) -> Client:
+    from firebox.cli.client import Client
+
+    return Client(data_dir)
+
+
+def _register(client: Client, name: str, staged: str) -> None:
+    model = client.own("POST", "models", json={"modelId": name, "stagedDir": staged})
+    print(f"{model['name']} is ready; its shapes: firebox shapes")
+
+
+def _show(rows: Rows, columns: list[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console().print(table)

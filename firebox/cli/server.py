@@ -1,0 +1,28 @@
+"""`firebox up`: control plane and gateway in one process, from an empty directory to a served socket and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from firebox.cli.options import DEFAULT_DATA_DIR, DataDir
+
+
+def up(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(help="Register this model directory at start, under its folder's name. May be repeated."),
+    ] = None,
+) -> None:
+    """Start the server.
+
+    Examples: firebox up | firebox up --port 0 --data-dir ./data --model ./Qwen3-0.6B
+    """
+    from firebox.cli.up import run
+
+    run(data_dir.expanduser().resolve(), host, port, model or [])

@@ -1,0 +1,108 @@
+"""The server's composition root: which objects a server is made of, and in which order they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import uvicorn
+
+from firebox.control.app import ControlPlane, clear_staging
+from firebox.control.layout import Layout
+from firebox.control.services import accounts, deployments, model_dir, models, trainer_jobs
+from firebox.gateway.app import build_app
+from firebox.gateway.guard import allowed_hosts
+from firebox.gateway.proxy import LookUps
+from firebox.launch.lease import ServerLock
+from firebox.launch.local import LocalLauncher
+from firebox.wire.control import CreateModel
+from firebox.wire.errors import FailedPrecondition
+from firebox.wire.names import DEFAULT_ACCOUNT
+from firebox.wire.worker import WorkerAddress
+
+_BACKLOG = 2048
+_SHUTDOWN_S = 2
+
+
+def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path]) -> None:
+    """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("httpx", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    layout = Layout(data_dir)
+    layout.create()
+    lock = ServerLock(layout.lock)
+    try:
+        with _listen(host, port) as listener:
+            asyncio.run(_serve(layout, listener, host, model_dirs))
+    finally:
+        layout.server_file.unlink(missing_ok=True)
+        lock.release()
+
+
+async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs: Sequence[Path]) -> None:
+    clear_staging(layout)
+    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock))
+    context = control.context
+    new_key = await accounts.first_start(context)
+    keys = await accounts.load_keys(context)
+    for directory in model_dirs:
+        await _register(control, directory)
+
+    async def trainer(account: str, job: str) -> WorkerAddress:
+        return await trainer_jobs.address(context, account, job)
+
+    async def sampler(account: str, name: str) -> WorkerAddress:
+        return await deployments.address(context, account, name)
+
+    @contextlib.asynccontextmanager
+    async def life() -> AsyncIterator[None]:
+        await control.start()
+        _announce(layout, listener, host, new_key)
+        yield
+        await control.stop()
+
+    app = build_app(
+        control.app,
+        LookUps(trainer, sampler),
+        lambda key: accounts.account_of(keys, key),
+        allowed_hosts(host),
+        life,
+    )
+    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=_SHUTDOWN_S)
+    await uvicorn.Server(config).serve(sockets=[listener])
+
+
+async def _register(control: ControlPlane, directory: Path) -> None:
+    context, name = control.context, directory.resolve().name.lower()
+    if name in [row.id for row in await models.listing(context, DEFAULT_ACCOUNT)]:
+        return
+    staged = await asyncio.to_thread(model_dir.stage, directory, context.layout.staging)
+    await models.create(context, DEFAULT_ACCOUNT, CreateModel(model_id=name, staged_dir=staged))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise FailedPrecondition(f"--host {host} --port {port}: {error.strerror}; choose another port") from error
+
+
+def _announce(layout: Layout, listener: socket.socket, host: str, new_key: str | None) -> None:
+    """Tell people and programs where the server is; the key is shown once, when it is new."""
+    port = listener.getsockname()[1]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(host, host)
+    url = f"http://{reachable}:{port}"
+    draft = layout.server_file.with_suffix(".new")
+    draft.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    draft.rename(layout.server_file)
+    print(f"Firebox is up at {url}, data in {layout.root}")
+    print(f"  export FIREWORKS_BASE_URL={url}")
+    print(f"  export FIREWORKS_API_KEY={new_key or f'$(cat {layout.api_key})'}", flush=True)

@@ -1,0 +1,103 @@
+"""The control plane as one FastAPI app, and the life of what stands behind it.
+
+Owns the order of start and stop. Knows neither sockets nor keys: the gateway in front has checked the caller and
+says in `scope["account"]` who it is.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from firebox import __version__
+from firebox.control.catalogue import load_templates
+from firebox.control.database import Database
+from firebox.control.layout import Layout
+from firebox.control.reconcile.checkpoints import Promotions
+from firebox.control.reconcile.deployments import Deployments
+from firebox.control.reconcile.trainer_jobs import TrainerJobs
+from firebox.control.routes import accounts, checkpoints, deployments, models, operations, trainer_jobs, training_shapes
+from firebox.control.services.context import Control
+from firebox.launch.api import Launcher
+from firebox.launch.probe import ask
+from firebox.wire.errors import FireboxError, InvalidArgument, NotFound, envelope
+from firebox.wire.worker import ReplicaStatus, WorkerAddress
+
+_PROBE_S = 20.0
+
+
+class ControlPlane:
+    """The database, the reconcilers and the routes of one data directory. `start` needs a running event loop."""
+
+    def __init__(self, layout: Layout, launcher: Launcher) -> None:
+        self.context = Control(
+            db=Database(layout.database), layout=layout, templates=load_templates(), probe=_replica_status
+        )
+        self.app = _build_app(self.context)
+        self._launcher = launcher
+        self._jobs = TrainerJobs(self.context, launcher)
+        self._deployments = Deployments(self.context, launcher)
+        self._promotions = Promotions(self.context)
+
+    async def start(self) -> None:
+        """Take up where an earlier server stopped: adopt its workers, end those that belong to nobody."""
+        await self._jobs.recover()
+        await self._deployments.recover()
+        await self._promotions.recover()
+        self._launcher.sweep()
+
+    async def stop(self) -> None:
+        """Stop reconciling, then every worker."""
+        await self._promotions.driver.close()
+        await self._deployments.close()
+        await self._jobs.driver.close()
+        await self._launcher.close()
+        self.context.db.close()
+
+
+def clear_staging(layout: Layout) -> None:
+    """Remove what an earlier server or command left half done."""
+    shutil.rmtree(layout.staging, ignore_errors=True)
+    layout.create()
+
+
+def _build_app(control: Control) -> FastAPI:
+    app = FastAPI(title="Firebox", version=__version__)
+    app.state.control = control
+    for module in (accounts, models, training_shapes, trainer_jobs, checkpoints, operations, deployments):
+        app.include_router(module.router)
+    app.include_router(deployments.hot_load_router)
+    app.add_exception_handler(FireboxError, _on_firebox_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    return app
+
+
+async def _on_firebox_error(_request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, FireboxError)
+    return JSONResponse(envelope(error), status_code=error.status)
+
+
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "header"))
+    return await _on_firebox_error(request, InvalidArgument(f"{field or 'body'}: {first['msg']}"))
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    shown: FireboxError = NotFound(f"{request.method} {request.url.path}: there is no such resource")
+    if error.status_code != 404:
+        shown = InvalidArgument(f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(envelope(shown), status_code=error.status_code, headers=error.headers)
+
+
+async def _replica_status(address: WorkerAddress) -> ReplicaStatus:
+    answer = await ask(address, "GET", "/worker/status", None, timeout_s=_PROBE_S)
+    return msgspec.json.decode(answer, type=ReplicaStatus)

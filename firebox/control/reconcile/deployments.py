@@ -1,0 +1,197 @@
+"""The replicas of each deployment: as many as wanted, of the newest generation, serving the wanted snapshot.
+
+Replicas of an older generation serve on until the new ones are ready and have caught up. Invariant: only ready
+replicas are published, and a deployment is READY only when exactly the wanted ones run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+import msgspec
+
+from firebox.control.reconcile.driver import Driver
+from firebox.control.reconcile.log_tail import log_tail
+from firebox.control.services import deployments, hot_load
+from firebox.control.services.context import Control
+from firebox.control.services.deployments import CREATING, DELETING, FAILED, LIVE, READY, UPDATING
+from firebox.control.tables.deployments import DeploymentRow
+from firebox.launch.api import Launcher, Worker, WorkerPlan
+from firebox.launch.probe import ask
+from firebox.wire.worker import HotloadCommand, ReplicaStatus, SamplerSpec, WorkerRuntime
+
+_HOTLOAD_WITHIN_S = 600.0
+
+
+@dataclass
+class _Replica:
+    """`applied` is the number of the last hot-load it answered; `fresh` until it has caught up with the others."""
+
+    worker: Worker
+    generation: int
+    applied: int = 0
+    fresh: bool = True
+    stopping: bool = False
+    loading: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        self.stopping = True
+        self.worker.stop()
+
+
+class Deployments:
+    def __init__(self, control: Control, launcher: Launcher) -> None:
+        self._control = control
+        self._launcher = launcher
+        self._replicas: dict[str, list[_Replica]] = {}
+        self.driver = Driver(control, DeploymentRow.collection, self._step, self._failed)
+
+    async def recover(self) -> None:
+        """Take back the replicas of an earlier server; a deployment that lost one fails."""
+        for row in await deployments.unfinished(self._control):
+            replicas = []
+            for known in row.workers:
+                worker = self._launcher.adopt(known["ident"], self._kicker(row.name))
+                if worker is not None:
+                    sequence = hot_load.wanted(row)
+                    replicas.append(_Replica(worker, known["generation"], applied=sequence, fresh=False))
+            self._replicas[row.name] = replicas
+            if row.state in (READY, UPDATING) and len(replicas) < len(row.workers):
+                await deployments.move(
+                    self._control, row, LIVE, FAILED, "its replicas were gone when the server started"
+                )
+            self.driver.kick(row.name)
+
+    async def close(self) -> None:
+        for replica in (r for replicas in self._replicas.values() for r in replicas):
+            if replica.loading is not None:
+                replica.loading.cancel()
+        await self.driver.close()
+
+    async def _step(self, name: str) -> None:
+        row = await deployments.by_name(self._control, name)
+        if row is None:
+            return
+        replicas = self._replicas.setdefault(name, [])
+        lost = [r for r in replicas if r.worker.ended is not None]
+        replicas[:] = [r for r in replicas if r.worker.ended is None]
+        if row.state in LIVE:
+            wanted = deployments.num_replicas(row.request)
+            failed = [r for r in lost if r.generation == row.generation and not r.stopping]
+            if failed:
+                await self._fail(row, failed[0])
+                return
+            await self._converge(row, wanted)
+        else:
+            self._publish(row, replicas)
+            await self._wind_down(row, replicas)
+
+    async def _converge(self, row: DeploymentRow, wanted: int) -> None:
+        replicas, current = self._replicas[row.name], self._current(row)
+        for _ in range(wanted - len(current)):
+            worker = await self._launcher.start(await self._plan(row), self._kicker(row.name))
+            replicas.append(_Replica(worker, row.generation))
+        current = self._current(row)
+        for surplus in current[wanted:]:
+            surplus.stop()
+        current = current[:wanted]
+        for replica in replicas:
+            if replica.worker.ready and replica.loading is None and replica.applied < hot_load.wanted(row):
+                replica.loading = asyncio.create_task(self._hot_load(row, replica))
+        caught_up = all(r.worker.ready and (not r.fresh or r.applied == hot_load.wanted(row)) for r in current)
+        stale = [r for r in replicas if r not in current]
+        if caught_up:
+            for replica in current:
+                replica.fresh = False
+            for replica in stale:
+                replica.stop()
+        self._publish(row, current if caught_up else [r for r in replicas if not r.fresh or not hot_load.wanted(row)])
+        serving = [{"ident": r.worker.ident, "generation": r.generation} for r in replicas if r.worker.ready]
+        if serving != row.workers:
+            await deployments.set_workers(self._control, row, serving)
+        if caught_up and not stale and row.state != READY:
+            await deployments.move(self._control, row, {CREATING, UPDATING}, READY)
+
+    async def _hot_load(self, row: DeploymentRow, replica: _Replica) -> None:
+        """Bring one replica to the wanted snapshot; its own status tells whether that worked."""
+        try:
+            status = await self._control.probe(replica.worker.address)
+            for command in await asyncio.to_thread(
+                hot_load.commands, row, status.current_snapshot_identity, fresh=replica.fresh
+            ):
+                status = await _send(replica.worker, command)
+                if status.error:
+                    break
+        except (httpx.HTTPError, msgspec.DecodeError) as error:
+            await deployments.move(self._control, row, LIVE, FAILED, f"a replica did not answer a hot-load: {error!r}")
+        finally:
+            replica.loading, replica.applied = None, hot_load.wanted(row)
+            self.driver.kick(row.name)
+
+    def _publish(self, row: DeploymentRow, replicas: list[_Replica]) -> None:
+        ready = [r for r in replicas if r.worker.ready] if row.state in LIVE else []
+        before = self._control.fleet.applied(row.name)
+        self._control.fleet.publish(row.name, [r.worker.address for r in ready])
+        if ready:
+            applied = min(r.applied for r in ready)
+            self._control.fleet.record_applied(row.name, applied)
+            if applied != before:
+                self._control.changes.notify(row.name)
+
+    async def _wind_down(self, row: DeploymentRow, replicas: list[_Replica]) -> None:
+        for replica in replicas:
+            replica.stop()
+        if row.state == DELETING and not replicas:
+            del self._replicas[row.name]
+            await deployments.remove(self._control, row)
+
+    async def _fail(self, row: DeploymentRow, lost: _Replica) -> None:
+        tail = log_tail(self._control.layout.deployment_log(row.account, row.id))
+        message = f"a replica ended: {lost.worker.ended}." + (f" Last log lines: {tail}" if tail else "")
+        await deployments.move(self._control, row, LIVE, FAILED, message)
+
+    async def _failed(self, name: str, reason: str) -> None:
+        row = await deployments.by_name(self._control, name)
+        if row is not None:
+            await deployments.move(self._control, row, LIVE, FAILED, reason)
+
+    def _current(self, row: DeploymentRow) -> list[_Replica]:
+        return [r for r in self._replicas[row.name] if r.generation == row.generation and not r.stopping]
+
+    async def _plan(self, row: DeploymentRow) -> WorkerPlan:
+        shape = await deployments.shape_of(self._control, row)
+        base, model_dir, adapter_dir = await deployments.served_model(self._control, row)
+        limit = min(shape.template.max_context_length, int(base.facts["context_length"]))
+
+        def spec(runtime: WorkerRuntime) -> SamplerSpec:
+            return SamplerSpec(
+                deployment=row.name,
+                base_model=base.name,
+                model_dir=str(model_dir),
+                adapter_dir=str(adapter_dir) if adapter_dir else None,
+                max_context_length=limit,
+                transition=row.request.get("hotLoadTransitionType") or "ASYNC",
+                dtype=shape.template.dtype,
+                runtime=runtime,
+            )
+
+        return WorkerPlan(
+            ident=f"s-{uuid.uuid4().hex[:8]}",
+            kind="sampler",
+            log=self._control.layout.deployment_log(row.account, row.id),
+            threads=shape.template.num_threads,
+            spec=spec,
+        )
+
+    def _kicker(self, name: str) -> Callable[[], None]:
+        return lambda: self.driver.kick(name)
+
+
+async def _send(worker: Worker, command: HotloadCommand) -> ReplicaStatus:
+    body = msgspec.json.encode(command)
+    answer = await ask(worker.address, "POST", "/worker/hotload", body, timeout_s=_HOTLOAD_WITHIN_S)
+    return msgspec.json.decode(answer, type=ReplicaStatus)

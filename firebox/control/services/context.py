@@ -1,0 +1,68 @@
+"""What every service works with, built once by the composition root."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from firebox.control.catalogue import Template
+from firebox.control.changes import Changes
+from firebox.control.database import Database
+from firebox.control.layout import Layout
+from firebox.control.services.fleet import Fleet
+from firebox.wire.errors import InvalidArgument, PermissionDenied
+from firebox.wire.names import SHARED_ACCOUNT, resource, split_resource
+from firebox.wire.worker import ReplicaStatus, WorkerAddress
+
+T = TypeVar("T")
+
+MAX_PAGE = 200
+
+
+@dataclass(frozen=True)
+class Control:
+    """`accelerators` are the accelerator types that workers of this host can drive, besides its CPU."""
+
+    db: Database
+    layout: Layout
+    templates: Sequence[Template]
+    probe: Callable[[WorkerAddress], Awaitable[ReplicaStatus]]
+    changes: Changes = field(default_factory=Changes)
+    fleet: Fleet = field(default_factory=Fleet)
+    accelerators: Sequence[str] = ()
+
+    def runs_here(self, template: Template) -> bool:
+        return template.accelerator_count == 0 or template.accelerator_type in self.accelerators
+
+
+def own(account: str, name: str, collection: str, *, field: str) -> str:
+    """The id in a resource name of `account`, or of the shared account that stands for every account's own.
+
+    Raises InvalidArgument for another form and PermissionDenied for another account.
+    """
+    owner, ident = split_resource(name, collection, field=field)
+    if owner not in (account, SHARED_ACCOUNT):
+        raise PermissionDenied(f"{field}: {name!r} belongs to another account; yours is {account!r}")
+    return ident
+
+
+def canonical(account: str, name: str, collection: str, *, field: str) -> str:
+    """`name` with the shared account replaced by `account`."""
+    return resource(account, collection, own(account, name, collection, field=field))
+
+
+def page(items: Sequence[T], size: int, token: str) -> tuple[Sequence[T], str]:
+    """One page of `items` and the token of the next one, empty at the end. A size of 0 means the largest."""
+    start = _decode(token) if token else 0
+    end = start + (min(size, MAX_PAGE) if size > 0 else MAX_PAGE)
+    following = base64.urlsafe_b64encode(str(end).encode()).decode() if end < len(items) else ""
+    return items[start:end], following
+
+
+def _decode(token: str) -> int:
+    try:
+        return max(0, int(base64.urlsafe_b64decode(token)))
+    except ValueError:
+        raise InvalidArgument(f"pageToken: {token!r} was not given by this server; start without one") from None

@@ -1,0 +1,110 @@
+"""Registered models: list, show, register from a staged folder, remove.
+
+Invariant: a row exists only for a directory that passed inspection and lies in its final place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from firebox.control.services import model_dir
+from firebox.control.services.context import Control
+from firebox.control.tables.deployments import DeploymentRow
+from firebox.control.tables.models import ModelRow
+from firebox.control.tables.trainer_jobs import TrainerJobRow
+from firebox.wire.control import BaseModelDetails, CreateModel, Model, PeftDetails
+from firebox.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
+from firebox.wire.names import check_model_id
+
+_STAGED = re.compile(r"[0-9a-f]{32}")
+_ENDED = ("JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_COMPLETED", "JOB_STATE_DELETED", "FAILED")
+
+
+async def listing(control: Control, account: str) -> Sequence[ModelRow]:
+    """Every model of the account, oldest first."""
+    query = select(ModelRow).where(ModelRow.account == account).order_by(ModelRow.create_time, ModelRow.id)
+    return await control.db.run(lambda session: session.scalars(query).all())
+
+
+async def get(control: Control, account: str, ident: str) -> ModelRow:
+    """One model; raises NotFound naming those that exist."""
+    row = await control.db.run(lambda session: session.get(ModelRow, (account, ident)))
+    if row is None:
+        known = ", ".join(model.id for model in await listing(control, account)) or "none yet"
+        raise NotFound(f"model {ident!r} is not registered; known models: {known}. Add one: firebox models add")
+    return row
+
+
+async def create(control: Control, account: str, request: CreateModel) -> ModelRow:
+    """Inspect the staged folder and move it into place; the folder is used up, also when it is refused."""
+    ident = check_model_id("modelId", request.model_id)
+    if not _STAGED.fullmatch(request.staged_dir):
+        raise InvalidArgument("stagedDir: not the name of a staged folder; use firebox models add")
+    staged = control.layout.staging / request.staged_dir
+    try:
+        facts = await asyncio.to_thread(model_dir.inspect, staged)
+        return await place(control, ModelRow(account=account, id=ident, state="READY", facts=facts), staged)
+    finally:
+        await asyncio.to_thread(shutil.rmtree, staged, True)
+
+
+async def place(control: Control, row: ModelRow, source: Path) -> ModelRow:
+    """Rename `source` to the model's place and add the row; raises AlreadyExists when the id is taken."""
+    target = control.layout.model(row.account, row.id)
+    taken = await control.db.run(lambda session: session.get(ModelRow, (row.account, row.id)))
+    if taken is not None:
+        raise AlreadyExists(f"model {row.id!r} is registered already; choose another id, or delete it first")
+    await asyncio.to_thread(_move, source, target)
+    await control.db.run(lambda session: session.add(row))
+    return row
+
+
+async def delete(control: Control, account: str, ident: str) -> None:
+    """Remove the model; raises FailedPrecondition while a job or a deployment uses it."""
+    row = await get(control, account, ident)
+
+    def work(session: Session) -> None:
+        jobs = session.scalars(select(TrainerJobRow).where(TrainerJobRow.state.not_in(_ENDED))).all()
+        deployments = session.scalars(select(DeploymentRow).where(DeploymentRow.state.not_in(_ENDED))).all()
+        users = [job.name for job in jobs if job.request["trainingConfig"]["baseModel"] == row.name]
+        users += [deployment.name for deployment in deployments if deployment.request["baseModel"] == row.name]
+        if users:
+            raise FailedPrecondition(f"model {ident!r} is in use by {', '.join(users)}; delete those first")
+        session.delete(session.get_one(ModelRow, (account, ident)))
+
+    await control.db.run(work)
+    await asyncio.to_thread(shutil.rmtree, control.layout.model(account, ident), True)
+
+
+def show(row: ModelRow) -> Model:
+    facts = row.facts
+    peft = None
+    if facts["kind"] == "HF_PEFT_ADDON":
+        peft = PeftDetails(base_model=facts["base_model"], r=facts["lora_rank"], target_modules=facts["target_modules"])
+    return Model(
+        name=row.name,
+        state=row.state,
+        kind=facts["kind"],
+        context_length=facts["context_length"],
+        create_time=row.create_time,
+        base_model_details=BaseModelDetails(
+            model_type=facts["model_type"], parameter_count=str(facts["parameter_count"]), moe=facts["moe"]
+        ),
+        peft_details=peft,
+        promoted_from=facts.get("promoted_from"),
+        max_abs_diff=facts.get("max_abs_diff"),
+    )
+
+
+def _move(source: Path, target: Path) -> None:
+    # A directory without a row is what a kill between rename and commit left behind.
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)

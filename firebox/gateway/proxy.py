@@ -1,0 +1,129 @@
+"""From a request to the worker that serves it, streaming both ways.
+
+Owns the connections to workers; asks look-up functions where a job or a deployment lives and reads nothing of a body
+but the `model` field of a completion. Invariant: a body is passed on as it came, and a worker that is gone becomes an
+error the client can act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import httpx
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from firebox.gateway.guard import REQUEST_ID
+from firebox.wire.errors import FireboxError, InvalidArgument, NotFound, PermissionDenied, Unavailable
+from firebox.wire.worker import WORKER_TOKEN_HEADER, WorkerAddress
+
+LookUp = Callable[[str, str], Awaitable[WorkerAddress]]
+
+_CONNECT_S: Final = 5.0
+_READ_S: Final = 3600.0  # longer than any wait a worker imposes on itself; long polls alone take 30 s
+_MAX_WORKERS: Final = 64
+_HOP_BY_HOP: Final = {"connection", "keep-alive", "proxy-authenticate", "te", "trailer", "transfer-encoding", "upgrade"}
+_NOT_UPSTREAM: Final = _HOP_BY_HOP | {"host", "x-api-key", "authorization", WORKER_TOKEN_HEADER}
+_NOT_DOWNSTREAM: Final = _HOP_BY_HOP | {REQUEST_ID, "server", "date"}
+
+
+class _Addressed(msgspec.Struct):
+    """The one field of a completion request that the gateway reads."""
+
+    model: str
+
+
+@dataclass(frozen=True)
+class LookUps:
+    """Where a resource is served: (account, job id) and (account, deployment name) to an address, or an error."""
+
+    trainer: LookUp
+    sampler: LookUp
+
+
+class Proxy:
+    """The data-plane endpoints. `close` ends the connections to every worker."""
+
+    def __init__(self, look_ups: LookUps) -> None:
+        self._look_ups = look_ups
+        self._clients: dict[WorkerAddress, httpx.AsyncClient] = {}
+
+    async def trainer(self, request: Request) -> Response:
+        account, job = request.path_params["account"], request.path_params["job"]
+        path = "/" + request.path_params["path"]
+        if account != request.scope["account"]:
+            raise PermissionDenied(
+                f"account: {account!r} is not yours; this key belongs to {request.scope['account']!r}"
+            )
+        if path.startswith("/worker/"):
+            raise NotFound(f"{path} is not part of the training API")
+        try:
+            address = await self._look_ups.trainer(account, job)
+            return await self._forward(request, address, path, request.stream())
+        except NotFound:
+            raise
+        except FireboxError as error:
+            if not path.endswith("/retrieve_future"):
+                raise
+            # Clients ask again at once, and for ever, after an error here: a failed future ends the wait.
+            return JSONResponse({"error": error.message, "category": error.category})
+
+    async def sampler(self, request: Request) -> Response:
+        body = await request.body()
+        try:
+            name = msgspec.json.decode(body, type=_Addressed).model
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidArgument(f"model: the body must be a JSON object with a model name ({error})") from error
+        address = await self._look_ups.sampler(request.scope["account"], name)
+        path = request.url.path.removeprefix("/inference")
+        return await self._forward(request, address, path, body)
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def _forward(
+        self, request: Request, address: WorkerAddress, path: str, content: bytes | AsyncIterator[bytes]
+    ) -> Response:
+        headers = [(k, v) for k, v in request.headers.items() if k not in _NOT_UPSTREAM]
+        client = await self._client(address)
+        outgoing = client.build_request(
+            request.method,
+            httpx.URL(path=path, query=request.url.query.encode()),
+            headers=[*headers, (WORKER_TOKEN_HEADER, address.token)],
+            content=content if request.method not in ("GET", "HEAD") else None,
+        )
+        try:
+            answer = await client.send(outgoing, stream=True)
+        except httpx.TransportError as error:
+            raise Unavailable(f"the worker did not answer ({type(error).__name__}); it may have ended") from error
+        return StreamingResponse(
+            _relay(answer),
+            status_code=answer.status_code,
+            headers={k: v for k, v in answer.headers.items() if k not in _NOT_DOWNSTREAM},
+        )
+
+    async def _client(self, address: WorkerAddress) -> httpx.AsyncClient:
+        client = self._clients.get(address)
+        if client is None:
+            if len(self._clients) >= _MAX_WORKERS:  # workers come and go: drop the one that was first used longest ago
+                await self._clients.pop(next(iter(self._clients))).aclose()
+            client = self._clients[address] = httpx.AsyncClient(
+                transport=httpx.AsyncHTTPTransport(
+                    uds=address.socket, limits=httpx.Limits(max_connections=None, max_keepalive_connections=64)
+                ),
+                base_url="http://worker",
+                timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S),
+            )
+        return client
+
+
+async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        await answer.aclose()
