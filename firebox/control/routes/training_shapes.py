@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends
 
 from firebox.control.routes.deps import Account, Ctx, Json
 from firebox.control.services import training_shapes
@@ -24,7 +24,7 @@ class ListQuery:
         self.page_size, self.page_token = pageSize, pageToken
 
 
-Listing = Annotated[ListQuery, Query()]
+Listing = Annotated[ListQuery, Depends()]
 
 
 @router.get("/trainingShapes/{shape}/versions")
