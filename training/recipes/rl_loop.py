@@ -18,7 +18,7 @@ import numpy as np
 from annotated_types import Ge, Lt
 
 from training.utils import cli, data, losses
-from training.utils.checkpoints import Checkpointer, CheckpointLog, load_state
+from training.utils.checkpoints import Checkpointer, CheckpointLog
 from training.utils.client import ReconnectableClient
 from training.utils.config import (
     Checked,
@@ -89,7 +89,7 @@ class Config(Checked):
     init_from: str | None = None  # start from these weights, cross_job://<job>/<name>
     lora_rank: Count = 0  # 0 trains all parameters
     policy_loss: Literal["grpo", "importance_sampling"] = "grpo"  # grpo clips the ratio
-    kl_beta: NonNegative = 0.001  # penalty towards infra.ref_training_shape_id
+    kl_beta: NonNegative = 0.001  # penalty towards the base model, held by infra.ref_training_shape_id
     max_steps: Positive = 100  # optimizer steps
     eval_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of the rows that is held out
     eval_every: Count = 0  # evaluate every so many steps; always before the first and after the last
@@ -261,8 +261,7 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
         else:
             ref_profile = workspace.resolve(ref_shape_id)
             reference = workspace.trainer(config.base_model, ref_profile, config.infra, forward_only=True)
-            if config.init_from:
-                load_state(reference, config.init_from, sync.dcp_timeout, with_optimizer=False)
+            log.note(f"the KL term is towards the base model {config.base_model}, whatever weights the run starts from")
         deployment_id = workspace.deployment(config.base_model, profile, config.deployment, client)
         syncer = workspace.syncer(client, deployment_id, config.base_model, config.lora_rank, sync)
         sampler, timeout = workspace.sampler(deployment_id, tokenizer), config.deployment.sample_timeout

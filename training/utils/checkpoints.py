@@ -181,4 +181,6 @@ def load_state(client: ReconnectableClient, path: str, timeout: int, *, with_opt
         else:
             client.inner.load_state(path).result(timeout=timeout)
     except (RequestFailedError, ValueError, TimeoutError) as exc:
-        raise CheckpointError(f"checkpoint {path!r} cannot be loaded: {exc}") from exc
+        # The SDK appends its own bookkeeping to the server's answer.
+        reason = str(exc).partition(" for self.request_id=")[0]
+        raise CheckpointError(f"checkpoint {path!r} cannot be loaded: {reason}") from exc
