@@ -35,6 +35,7 @@ async def run_child(args: Sequence[str], stdin: bytes, deadline_s: float) -> byt
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
     if not out.strip():
         tail = err[-_TAIL_BYTES:].decode(errors="replace").strip()
         raise Internal(f"firebox {args[0]} gave no answer, status {process.returncode}: {tail}")

@@ -13,7 +13,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +24,7 @@ from firebox.wire.worker import ReadyNotice, WorkerAddress, WorkerRuntime
 
 START_WITHIN_S: Final = 600.0
 STOP_WITHIN_S: Final = 6.0
+FIREBOX: Final = (sys.executable, "-m", "firebox")
 _MAX_SOCKET_PATH: Final = 100
 
 
@@ -80,9 +81,12 @@ class LocalWorker:
 
 
 class LocalLauncher:
-    """Starts workers below `run_dir` (0700); `lease` is the lock file they watch."""
+    """Starts `command <kind> --spec <file>` below `run_dir` (0700); `lease` is the lock file the workers watch."""
 
-    def __init__(self, run_dir: Path, lease: Path, *, orphan_grace_s: float = 8.0) -> None:
+    def __init__(
+        self, run_dir: Path, lease: Path, *, command: Sequence[str] = FIREBOX, orphan_grace_s: float = 8.0
+    ) -> None:
+        self._command = command
         self._run_dir = run_dir
         self._lease = lease
         self._grace_s = orphan_grace_s
@@ -99,7 +103,7 @@ class LocalLauncher:
             spec = self._run_dir / f"{plan.ident}.json"
             try:
                 _write_private(spec, msgspec.json.encode(plan.spec(runtime)))
-                process = await _spawn(plan, spec, write_fd)
+                process = await _spawn([*self._command, plan.kind, "--spec", str(spec)], plan, write_fd)
             finally:
                 os.close(write_fd)
             undo.pop_all()
@@ -149,8 +153,7 @@ class LocalLauncher:
         for worker in waiting:
             worker.stop()
         await asyncio.gather(*(worker.gone.wait() for worker in waiting))
-        for task in self._tasks:
-            task.cancel()
+        await asyncio.gather(*self._tasks)
 
     async def _until_ready(self, worker: LocalWorker, read_fd: int) -> None:
         try:
@@ -224,7 +227,7 @@ def _is_running(mark: _Mark) -> bool:
     return started_at(mark.pid) == mark.started
 
 
-async def _spawn(plan: WorkerPlan, spec: Path, ready_fd: int) -> asyncio.subprocess.Process:
+async def _spawn(command: Sequence[str], plan: WorkerPlan, ready_fd: int) -> asyncio.subprocess.Process:
     plan.log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(plan.threads),
@@ -235,7 +238,7 @@ async def _spawn(plan: WorkerPlan, spec: Path, ready_fd: int) -> asyncio.subproc
     }
     with plan.log.open("ab") as log:
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "firebox", plan.kind, "--spec", str(spec)),
+            *command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
