@@ -216,11 +216,12 @@ class LocalLauncher:
 
 
 def started_at(pid: int) -> str | None:
-    """A text that two processes with the same pid do not share, or None when there is no such process."""
+    """A text that two processes with the same pid do not share, or None when no such process runs."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
+    return None if state in "ZX" else fields[18]
 
 
 def _is_running(mark: _Mark) -> bool:

@@ -44,11 +44,11 @@ async def get(control: Control, account: str, ident: str) -> ModelRow:
 
 async def create(control: Control, account: str, request: CreateModel) -> ModelRow:
     """Inspect the staged folder and move it into place; the folder is used up, also when it is refused."""
-    ident = check_model_id("modelId", request.model_id)
     if not _STAGED.fullmatch(request.staged_dir):
         raise InvalidArgument("stagedDir: not the name of a staged folder; use firebox models add")
     staged = control.layout.staging / request.staged_dir
     try:
+        ident = check_model_id("modelId", request.model_id)
         facts = await asyncio.to_thread(model_dir.inspect, staged)
         return await place(control, ModelRow(account=account, id=ident, state="READY", facts=facts), staged)
     finally:

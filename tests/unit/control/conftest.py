@@ -1,0 +1,137 @@
+"""A whole server on a real socket, whose workers are real processes without a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from firebox.launch.local import started_at
+
+WORKER = Path(__file__).parents[1] / "launch" / "worker_app.py"
+
+# The real composition root, with another command behind the launcher: everything but the models is the real thing.
+SERVER = """
+import functools, sys
+from pathlib import Path
+from firebox.cli import up
+from firebox.launch.local import LocalLauncher
+up.LocalLauncher = functools.partial(LocalLauncher, command=[sys.executable, sys.argv[2]])
+up.run(Path(sys.argv[1]), "127.0.0.1", 0, [])
+"""
+
+
+@dataclass
+class Server:
+    """One data directory and the process that serves it, if it runs."""
+
+    data: Path
+    process: subprocess.Popen[bytes] | None = None
+    url: str = ""
+
+    def start(self) -> None:
+        (self.data / "server.json").unlink(missing_ok=True)
+        with (self.data.parent / "up.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER, str(self.data), str(WORKER)], stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 30
+        while not (self.data / "server.json").exists():
+            assert self.process.poll() is None, (self.data.parent / "up.log").read_text()
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.05)
+        self.url = json.loads((self.data / "server.json").read_text())["url"]
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(20)
+            self.process = None
+
+    @property
+    def key(self) -> str:
+        return (self.data / "api_key").read_text().strip()
+
+    def workers(self) -> list[int]:
+        return [json.loads(path.read_text())["pid"] for path in sorted((self.data / "run").glob("*.pid"))]
+
+    def ask(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        headers = {"X-Api-Key": self.key, **kwargs.pop("headers", {})}
+        return httpx.request(method, self.url + path, headers=headers, timeout=70, **kwargs)
+
+    def own(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        return self.ask(method, f"/v1/accounts/local/{path}", **kwargs)
+
+    def add_model(self, name: str, source: Path) -> httpx.Response:
+        from firebox.control.services.model_dir import stage
+
+        staged = stage(source, self.data / "staging")
+        return self.own("POST", "models", json={"modelId": name, "stagedDir": staged})
+
+    def create_job(self, ident: str, shape: str = "tiny-cpu", **config: Any) -> httpx.Response:
+        body = {"trainingConfig": {"baseModel": "accounts/local/models/tiny", **config}}
+        params = {"rlorTrainerJobId": ident}
+        if shape:
+            params["trainingShape"] = f"accounts/local/trainingShapes/{shape}"
+        return self.own("POST", "rlorTrainerJobs", params=params, json=body)
+
+    def create_deployment(self, ident: str, **fields: Any) -> httpx.Response:
+        body = {"baseModel": "accounts/local/models/tiny", "enableHotLoad": True, **fields}
+        return self.own("POST", "deployments", params={"deploymentId": ident}, json=body)
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest directory that passes inspection: two tensors, a config and a tokenizer file."""
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    directory.mkdir()
+    header = {
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "F32", "shape": [4], "data_offsets": [24, 40]},
+        "__metadata__": {"format": "pt"},
+    }
+    raw = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(40))
+    (directory / "config.json").write_text(json.dumps({"model_type": "qwen3", "max_position_embeddings": 512}))
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def new_server(tmp_path: Path) -> Iterator[Callable[[], Server]]:
+    made = []
+
+    def make() -> Server:
+        server = Server(tmp_path / "data")
+        server.data.mkdir(exist_ok=True)
+        server.start()
+        made.append(server)
+        return server
+
+    yield make
+    for server in made:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, model_files: Path) -> Iterator[Server]:
+    """One server for a module, with the model `tiny`."""
+    running = Server(tmp_path_factory.mktemp("server") / "data")
+    running.data.mkdir()
+    running.start()
+    assert running.add_model("tiny", model_files).status_code == 200
+    yield running
+    workers = running.workers()
+    running.stop()
+    assert not [pid for pid in workers if started_at(pid)], "SIGTERM left a worker behind"
+    assert os.listdir(running.data / "run") == []
