@@ -125,7 +125,7 @@ def _show(rows: Rows, columns: list[str], as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(*(Column(name, overflow="fold") for name in columns), box=None)
+    table = Table(*(Column(name, overflow="fold", no_wrap=name == "name") for name in columns), box=None)
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     Console().print(table)

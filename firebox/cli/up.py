@@ -39,10 +39,9 @@ def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path]) -> Non
     layout.create()
     lock = ServerLock(layout.lock)
     try:
-        with _listen(host, port) as listener:
+        with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_serve(layout, listener, host, model_dirs))
     finally:
-        layout.server_file.unlink(missing_ok=True)
         lock.release()
 
 
@@ -67,6 +66,7 @@ async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs:
         _announce(layout, listener, host, new_key)
         yield
         await control.stop()
+        layout.server_file.unlink(missing_ok=True)
 
     app = build_app(
         control.app,

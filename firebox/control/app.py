@@ -86,7 +86,8 @@ async def _on_firebox_error(_request: Request, error: Exception) -> JSONResponse
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "header"))
+    place = first["loc"][1:] if first["type"] != "json_invalid" else ()
+    field = ".".join(str(part) for part in place)
     return await _on_firebox_error(request, InvalidArgument(f"{field or 'body'}: {first['msg']}"))
 
 

@@ -1,6 +1,7 @@
 """A worker without a model: `worker_app.py trainer|sampler --spec FILE`, served as real workers are.
 
-What it does wrong is written in the name of its job or deployment: `broken` cannot start, `stubborn` ignores SIGTERM.
+What it does wrong is written in the name of its job or deployment: `broken` cannot start, `slow` takes its
+time, `stubborn` ignores SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -78,6 +80,8 @@ def build(spec: TrainerSpec | SamplerSpec) -> Starlette:
     name = spec.job if isinstance(spec, TrainerSpec) else spec.deployment
     if "broken" in name:
         raise FailedPrecondition("the weights are not there")
+    if "slow" in name:
+        time.sleep(2)
     replica = FakeReplica(spec.base_model)
     return Starlette(
         routes=[
