@@ -89,6 +89,7 @@ def serve(build: Callable[[], App], runtime: WorkerRuntime) -> None:
 def serve_alone(build: Callable[[], App], token: str, port: int, ready: Callable[[str], None]) -> None:
     """Serve `build()` on 127.0.0.1 with `token` as the API key; `ready` gets the base URL. Port 0 picks a free one."""
     listener = socket.create_server(("127.0.0.1", port))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     _serve_on(build, token, lambda: listener, lambda notice: ready(url) if notice.ready else None)
 

@@ -226,6 +226,7 @@ def test_worker_that_is_gone_is_unavailable_and_ends_the_wait_for_futures(base: 
     failed = WORKER.replace("/job", "/failed")
     future = ask(base, "POST", f"{failed}/api/v1/retrieve_future", json={})
     assert future.json() == {"error": "the trainer ended; resume the job", "category": "user"}
+    assert ask(base, "POST", f"{failed}/api/v1/telemetry", json={}).json() == {"status": "accepted"}
     assert ask(base, "POST", f"{WORKER}x/api/v1/retrieve_future", json={}).status_code == 404
 
 
