@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server  # type: ignore[import-not-found]
+from control_harness import Server  # type: ignore[import-not-found]
 
 from firebox.weights.manifest import SnapshotManifest, committed_dir, seal
 

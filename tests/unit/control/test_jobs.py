@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Server  # type: ignore[import-not-found]
+from control_harness import Server  # type: ignore[import-not-found]
 
 from firebox.launch.local import started_at
 from firebox.weights.manifest import CheckpointManifest, committed_dir, seal

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Server  # type: ignore[import-not-found]
+from control_harness import Server  # type: ignore[import-not-found]
 
 from firebox.control.services.model_dir import inspect, stage
 from firebox.weights.manifest import SnapshotManifest, committed_dir, seal

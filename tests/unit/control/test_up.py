@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Server  # type: ignore[import-not-found]
+from control_harness import Server  # type: ignore[import-not-found]
 
 from firebox.launch.local import started_at
 

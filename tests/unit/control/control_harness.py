@@ -1,0 +1,85 @@
+"""A whole server on a real socket, whose workers are real processes without a model."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+WORKER = Path(__file__).parents[1] / "launch" / "worker_app.py"
+
+# The real composition root, with another command behind the launcher: everything but the models is the real thing.
+SERVER = """
+import functools, sys
+from pathlib import Path
+from firebox.cli import up
+from firebox.launch.local import LocalLauncher
+up.LocalLauncher = functools.partial(LocalLauncher, command=[sys.executable, sys.argv[2]])
+up.run(Path(sys.argv[1]), "127.0.0.1", 0, [])
+"""
+
+
+@dataclass
+class Server:
+    """One data directory and the process that serves it, if it runs."""
+
+    data: Path
+    process: subprocess.Popen[bytes] | None = None
+    url: str = ""
+
+    def start(self) -> None:
+        (self.data / "server.json").unlink(missing_ok=True)
+        with (self.data.parent / "up.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SERVER, str(self.data), str(WORKER)], stdout=log, stderr=log
+            )
+        deadline = time.monotonic() + 30
+        while not (self.data / "server.json").exists():
+            assert self.process.poll() is None, (self.data.parent / "up.log").read_text()
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.05)
+        self.url = json.loads((self.data / "server.json").read_text())["url"]
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)
+            self.process.wait(20)
+            self.process = None
+
+    @property
+    def key(self) -> str:
+        return (self.data / "api_key").read_text().strip()
+
+    def workers(self) -> list[int]:
+        return [json.loads(path.read_text())["pid"] for path in sorted((self.data / "run").glob("*.pid"))]
+
+    def ask(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        headers = {"X-Api-Key": self.key, **kwargs.pop("headers", {})}
+        return httpx.request(method, self.url + path, headers=headers, timeout=70, **kwargs)
+
+    def own(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        return self.ask(method, f"/v1/accounts/local/{path}", **kwargs)
+
+    def add_model(self, name: str, source: Path) -> httpx.Response:
+        from firebox.control.services.model_dir import stage
+
+        staged = stage(source, self.data / "staging")
+        return self.own("POST", "models", json={"modelId": name, "stagedDir": staged})
+
+    def create_job(self, ident: str, shape: str = "tiny-cpu", **config: Any) -> httpx.Response:
+        body = {"trainingConfig": {"baseModel": "accounts/local/models/tiny", **config}}
+        params = {"rlorTrainerJobId": ident}
+        if shape:
+            params["trainingShape"] = f"accounts/local/trainingShapes/{shape}"
+        return self.own("POST", "rlorTrainerJobs", params=params, json=body)
+
+    def create_deployment(self, ident: str, **fields: Any) -> httpx.Response:
+        body = {"baseModel": "accounts/local/models/tiny", "enableHotLoad": True, **fields}
+        return self.own("POST", "deployments", params={"deploymentId": ident}, json=body)
