@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,7 +27,7 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> Non
     running = client.every("rlorTrainerJobs", "rlorTrainerJobs") + client.every("deployments", "deployments")
     if not as_json:
         print(f"{client.url}, account {client.account}, data in {client.layout.root}")
-    _show(running, ["name", "state", "statusMessage"], as_json)
+    _show(running, {"what": "name", "state": "state", "message": "statusMessage"}, as_json)
 
 
 @models_app.command("add")
@@ -38,7 +40,7 @@ def add_model(
     from firebox.control.services.model_dir import stage
 
     client = _client(data_dir)
-    _register(client, name, stage(source, client.layout.staging))
+    _register(client, name, stage(source, client.staging()))
 
 
 @models_app.command("make-tiny")
@@ -51,36 +53,43 @@ def make_tiny_model(
     import uuid
 
     client = _client(data_dir)
+    staging = client.staging()
     from firebox.modeling.tiny import make_tiny
 
     staged = uuid.uuid4().hex
-    make_tiny(client.layout.staging / staged, seed=seed)
+    make_tiny(staging / staged, seed=seed)
     _register(client, name, staged)
 
 
 @models_app.command("list")
 def list_models(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
     """Registered models. Example: firebox models list"""
-    _show(_client(data_dir).every("models", "models"), ["name", "kind", "contextLength", "createTime"], as_json)
+    columns = {"model": "name", "kind": "kind", "context": "contextLength", "made": "createTime"}
+    _show(_client(data_dir).every("models", "models"), columns, as_json)
 
 
 def shapes(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
     """Training shapes: what a trainer job can be created on. Example: firebox shapes"""
-    found = _client(data_dir).every("trainingShapes/-/versions", "trainingShapeVersions")
+    client = _client(data_dir)
+    found = client.every("trainingShapes/-/versions", "trainingShapeVersions")
     rows = found if as_json else [{"name": version["name"], **version["snapshot"]} for version in found]
-    _show(rows, ["name", "trainerMode", "acceleratorType", "maxSupportedContextLength"], as_json)
+    columns = {"shape": "name", "trains": "trainerMode", "on": "acceleratorType", "tokens": "maxSupportedContextLength"}
+    _show(rows, columns, as_json)
+    if not as_json:
+        print(f"In a recipe: --infra.training-shape-id accounts/{client.account}/trainingShapes/<shape>")
 
 
 def jobs(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
     """Trainer jobs, newest first. Example: firebox jobs --json"""
     found = _client(data_dir).every("rlorTrainerJobs", "rlorTrainerJobs")
-    _show(found, ["name", "state", "trainingShape", "statusMessage"], as_json)
+    _show(found, {"job": "name", "state": "state", "shape": "trainingShape", "message": "statusMessage"}, as_json)
 
 
 def deployments(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
     """Deployments, newest first. Example: firebox deployments"""
     found = _client(data_dir).every("deployments", "deployments")
-    _show(found, ["name", "state", "baseModel", "hotLoadTrainerJob", "statusMessage"], as_json)
+    columns = {"deployment": "name", "state": "state", "model": "baseModel", "job": "hotLoadTrainerJob"}
+    _show(found, columns | {"message": "statusMessage"}, as_json)
 
 
 def checkpoints(
@@ -90,7 +99,8 @@ def checkpoints(
 ) -> None:
     """What a job has saved, oldest first. Example: firebox checkpoints my-job"""
     found = _client(data_dir).every(f"rlorTrainerJobs/{job}/checkpoints", "checkpoints")
-    _show(found, ["name", "checkpointType", "promotable", "createTime"], as_json)
+    columns = {"checkpoint": "name", "type": "checkpointType", "promotable": "promotable", "made": "createTime"}
+    _show(found, columns, as_json)
 
 
 def logs(
@@ -118,14 +128,22 @@ def _register(client: Client, name: str, staged: str) -> None:
     print(f"{model['name']} is ready; its shapes: firebox shapes")
 
 
-def _show(rows: Rows, columns: list[str], as_json: bool) -> None:
+def _show(rows: Rows, columns: Mapping[str, str], as_json: bool) -> None:
+    """Print `rows`: as JSON whole, as a table the fields that `columns` maps headings to."""
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.table import Table
 
-    table = Table(*(Column(name, overflow="fold", no_wrap=name == "name") for name in columns), box=None)
+    table = Table(box=None)
+    for number, heading in enumerate(columns):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
+        table.add_row(*(_short(str(row.get(field, ""))) for field in columns.values()))
     Console().print(table)
+
+
+def _short(value: str) -> str:
+    """A resource name without what every name of its table has in common."""
+    return re.sub(r"^accounts/[^/]+/\w+/([^/]+)(/versions/1)?", r"\1", value)

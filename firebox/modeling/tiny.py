@@ -73,7 +73,9 @@ def make_tiny(out_dir: Path, *, seed: int = 0) -> None:
     """
     import torch
     from transformers import GenerationConfig, Qwen3ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # one small file
     tokenizer = _train_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -18,8 +18,8 @@ from training.utils.errors import CookbookError
 C = TypeVar("C")
 
 
-def run(config_type: type[C], main: Callable[[C], dict[str, Any]]) -> None:
-    """Parse the command line into `config_type`, run `main`, print its result as JSON.
+def run(config_type: type[C], main: Callable[[C], dict[str, Any] | None]) -> None:
+    """Parse the command line into `config_type`, run `main`, print its result, if there is one, as JSON.
 
     Exits with 2 and the bare message for what the user can mend, 130 or 143 when told to stop. What the recipe
     created is removed in every case, because a termination request unwinds like an exception.
@@ -36,4 +36,5 @@ def run(config_type: type[C], main: Callable[[C], dict[str, Any]]) -> None:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    print(json.dumps(result, indent=2))
+    if result is not None:
+        print(json.dumps(result, indent=2))

@@ -7,6 +7,7 @@ in order, even after a resume; trouble with a tracker never stops training.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from training.utils.config import WandBConfig
 
 Row = dict[str, Any]
+LINE_INTERVAL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class RunLog:
         self._progress = _progress_bar(self._console)
         self._tracker = _Tracker(wandb, config, self.note)
         self._file: TextIO | None = None
+        self._printed = -math.inf
 
     def __enter__(self) -> RunLog:
         return self
@@ -105,10 +108,18 @@ class RunLog:
         if self._console.is_terminal:
             self._progress.update(self._bar, completed=step, live=shown)
         else:
-            pace = (time.monotonic() - self._started) / max(step - self._first_step, 1)
-            eta = f"ETA {pace * max(self._total - step, 0):.0f} s"
-            self._console.print(f"step {step}/{self._total}  {shown}  {eta}", highlight=False, soft_wrap=True)
+            self._print_line(step, shown)
         return row
+
+    def _print_line(self, step: int, shown: str) -> None:
+        """The progress bar's stand-in where output is not a terminal: a line every few seconds."""
+        now = time.monotonic()
+        if now - self._printed < LINE_INTERVAL_S and step < self._total:
+            return
+        self._printed = now
+        pace = (now - self._started) / max(step - self._first_step, 1)
+        eta = f"ETA {pace * max(self._total - step, 0):.0f} s"
+        self._console.print(f"step {step}/{self._total}  {shown}  {eta}", highlight=False, soft_wrap=True)
 
     def result(self, **about: Any) -> dict[str, Any]:
         """What a recipe returns: facts about the run, the newest value of every metric, where the log is."""

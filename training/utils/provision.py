@@ -89,23 +89,26 @@ class Workspace:
         return client
 
     def deployment(
-        self, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer: ReconnectableClient
+        self, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer: ReconnectableClient | None
     ) -> str:
         """Create the deployment that samples this trainer's weights, or attach an existing one. Returns its id.
 
-        Only a deployment created here is deleted when the workspace closes.
+        Without a trainer it serves `base_model` as it is. Only a deployment created here is deleted when the workspace
+        closes.
         """
+        job_name = trainer.endpoint.job_name if trainer else None
         deployment_id = deploy.deployment_id or derive_deployment_id(base_model)
         with explained(f"deployment {deployment_id}"):
             if self.deployments.get(deployment_id) is not None:
-                self.deployments.reattach_trainer(
-                    deployment_id,
-                    base_model=base_model,
-                    trainer_job_name=trainer.endpoint.job_name,
-                    timeout_s=deploy.deployment_timeout_s,
-                )
+                if job_name:
+                    self.deployments.reattach_trainer(
+                        deployment_id,
+                        base_model=base_model,
+                        trainer_job_name=job_name,
+                        timeout_s=deploy.deployment_timeout_s,
+                    )
                 return deployment_id
-            config = deployment_config(deployment_id, base_model, profile, deploy, trainer.endpoint.job_name)
+            config = deployment_config(deployment_id, base_model, profile, deploy, job_name)
             self._cleanup.callback(self.deployments.delete, deployment_id)
             if self.deployments.create_or_get(config).state != "READY":
                 self.deployments.wait_for_ready(deployment_id, timeout_s=deploy.deployment_timeout_s)
@@ -147,7 +150,11 @@ class Workspace:
 
 
 def deployment_config(
-    deployment_id: str, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer_job_name: str
+    deployment_id: str,
+    base_model: str,
+    profile: TrainingShapeProfile,
+    deploy: DeployConfig,
+    trainer_job_name: str | None,
 ) -> Any:
     """The SDK's deployment request for these settings. Raises ConfigError when no deployment shape is known."""
     from fireworks.training.sdk import DeploymentConfig
@@ -165,11 +172,12 @@ def deployment_config(
         deployment_shape=shape,
         region=deploy.deployment_region,
         hot_load_bucket_type=deploy.hot_load_bucket_type,
+        enable_hot_load=trainer_job_name is not None,
         hot_load_trainer_job=trainer_job_name,
         disable_speculative_decoding=deploy.disable_speculative_decoding,
         extra_args=deploy.deployment_extra_args,
         extra_values=deploy.extra_values,
-        for_training=True,
+        for_training=trainer_job_name is not None,
         **replicas,
     )
 
