@@ -10,6 +10,7 @@ never on what else is in flight, so results do not depend on company.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from firebox.trainer.losses import FLOAT_INPUTS
 from firebox.wire.errors import InvalidArgument
-from firebox.wire.training import Datum, TensorData
-
-Array = NDArray[np.float32] | NDArray[np.int64]
+from firebox.wire.training import Array, Datum, TensorData
 
 _MAX_BATCH_TOKENS: Final = 8192
+_MAX_CELLS: Final = 2**26
+"""Numbers in one dense tensor of a datum; a sparse one of a few bytes could ask for any size."""
 _MAX_LOGITS: Final = 2**27
 """Cells of one micro-batch's logits [T, V]: 512 MiB in float32, a few times that with its gradient."""
 
@@ -90,25 +91,23 @@ def pack(examples: Sequence[Example], budget: int, device: torch.device) -> Iter
 
 def to_array(field: str, tensor: TensorData) -> Array:
     """The dense array of a wire tensor; raises InvalidArgument naming `field` when its parts do not fit together."""
-    try:
-        with np.errstate(over="ignore"):  # becomes an infinity, which is refused where it matters
-            values = np.asarray(tensor.data, dtype=tensor.dtype)
-    except OverflowError as error:
-        raise InvalidArgument(f"{field}: a value does not fit {tensor.dtype}") from error
-    if tensor.dtype == "int64" and any(isinstance(value, float) and value != int(value) for value in tensor.data):
-        raise InvalidArgument(f"{field}: dtype 'int64' holds whole numbers only")
+    shape = tensor.shape
+    if shape is not None and (min(shape, default=0) < 0 or math.prod(shape) > _MAX_CELLS):
+        raise InvalidArgument(f"{field}: shape {shape} must be of 0 or more and at most {_MAX_CELLS} numbers")
     if tensor.sparse_crow_indices is not None:
-        return _from_csr(field, tensor, values)
-    if tensor.shape is None:
+        return _from_csr(field, tensor)
+    values = np.asarray(tensor.data, dtype=tensor.dtype)
+    if shape is None:
         return values
-    if int(np.prod(tensor.shape)) != values.size or min(tensor.shape, default=0) < 0:
-        raise InvalidArgument(f"{field}: {values.size} values do not fill shape {tensor.shape}")
-    return values.reshape(tensor.shape)
+    if math.prod(shape) != values.size:
+        raise InvalidArgument(f"{field}: {values.size} values do not fill shape {shape}")
+    return values.reshape(shape)
 
 
-def _from_csr(field: str, tensor: TensorData, values: Array) -> Array:
+def _from_csr(field: str, tensor: TensorData) -> Array:
+    values = np.asarray(tensor.data, dtype=tensor.dtype)
     crow = np.asarray(tensor.sparse_crow_indices, dtype=np.int64)
-    col = np.asarray(tensor.sparse_col_indices or [], dtype=np.int64)
+    col = np.asarray([] if tensor.sparse_col_indices is None else tensor.sparse_col_indices, dtype=np.int64)
     shape = tensor.shape or []
     counts = np.diff(crow)
     fits = (
@@ -149,8 +148,9 @@ def _tokens(where: str, datum: Datum, vocab_size: int, max_length: int) -> NDArr
     for i, chunk in enumerate(datum.model_input.chunks):
         if chunk.type != "encoded_text":
             raise InvalidArgument(f"{where}.model_input.chunks[{i}]: type {chunk.type!r} is not supported; send text")
-    ids = [token for chunk in datum.model_input.chunks for token in chunk.tokens]
-    if not ids:
+    pieces = [np.asarray(chunk.tokens, dtype=np.int64) for chunk in datum.model_input.chunks]
+    ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    if not len(ids):
         raise InvalidArgument(f"{where}.model_input: there are no tokens")
     if len(ids) > max_length:
         raise InvalidArgument(
@@ -170,11 +170,8 @@ def _targets(field: str, tensor: TensorData, length: int, vocab_size: int) -> ND
     return _check_ids(field, array, vocab_size)
 
 
-def _check_ids(field: str, ids: list[int] | Array, vocab_size: int) -> NDArray[np.int64]:
-    try:
-        array = np.asarray(ids, dtype=np.int64)
-    except OverflowError as error:
-        raise InvalidArgument(f"{field}: a token id does not fit int64") from error
+def _check_ids(field: str, ids: Array, vocab_size: int) -> NDArray[np.int64]:
+    array = np.asarray(ids, dtype=np.int64)
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high

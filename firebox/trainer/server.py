@@ -1,7 +1,7 @@
-"""The trainer's HTTP surface: JSON in, one request id out, results by long poll.
+"""The trainer's HTTP surface: JSON or protobuf in, one request id out, results by long poll.
 
-Owns routes and status codes. Does not know ordering (`session`) or computation (`engine`), and checks no credentials:
-whoever serves this app does.
+Owns routes, status codes and which codec reads or writes a body: Content-Type and Accept decide, never who is asking.
+Does not know ordering (`session`) or computation (`engine`), and checks no credentials: whoever serves this app does.
 
 Invariant: a body that names its model is answered with a request id, and what is wrong with it is told by that
 future; only a body without a readable address gets a 4xx. No error body is empty.
@@ -12,42 +12,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tokenizers import Tokenizer
 
 from firebox.trainer import services
+from firebox.trainer.bodies import CODEC_THREADS, decoded, encoded, read_json
 from firebox.trainer.engine import Engine, EngineThread
 from firebox.trainer.journal import digest_of
 from firebox.trainer.services import Handler
 from firebox.trainer.session import Future, Session
-from firebox.wire import training as wire
+from firebox.wire import training_json, training_proto
 from firebox.wire.errors import FireboxError, Internal, InvalidArgument, NotFound, envelope
+from firebox.wire.training import CreateModelAddress, ForwardOutput, OperationAddress
+from firebox.wire.training import Request as TrainingRequest
 from firebox.wire.worker import TrainerSpec
 
 _HOLD_S: Final = 25.0
 _STOP_S: Final = 2.0
-_BIG_BODY: Final = 256 * 1024
 
-_T = TypeVar("_T")
-Decode = Callable[[bytes], wire.Operation]
-
-_OPERATIONS: Final[dict[str, Decode]] = {
-    "forward": wire.decode_forward,
-    "forward_backward": wire.decode_forward_backward,
-    "optim_step": wire.decode_optim_step,
-    "save_weights": wire.decode_save_state,
-    "load_weights": wire.decode_load_state,
-    "save_weights_for_sampler": wire.decode_save_for_sampler,
-    "load_adapter": wire.decode_load_adapter,
-}
+_T = TypeVar("_T", OperationAddress, CreateModelAddress)
 
 
 class _FutureBody(msgspec.Struct):
@@ -64,21 +57,29 @@ def build_app(spec: TrainerSpec) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         thread = EngineThread(engine)
-        session = Session(thread.submit)
-        yield {"spec": spec, "session": session, "architecture": engine.architecture, "tokenizer": tokenizer}
+        with ThreadPoolExecutor(CODEC_THREADS, "codec") as codec:
+            yield {
+                "spec": spec,
+                "session": Session(thread.submit),
+                "codec": codec,
+                "architecture": engine.architecture,
+                "tokenizer": tokenizer,
+            }
         await asyncio.to_thread(thread.stop, _STOP_S)
 
     posts: dict[str, Handler] = {
-        "client/config": services.constant({"proto_write_fwdbwd": False, "proto_compress_fwdbwd": False}),
+        "client/config": services.config,
+        "client/dynamic_config": services.constant({"refresh_interval_sec": 300, "sample_cancel_enabled": False}),
         "create_session": services.create_session,
         "session_heartbeat": services.session_heartbeat,
+        "sessions/{session_id}/finish": services.finish_session,
         "telemetry": services.constant({"status": "accepted"}),
         "create_model": _create_model,
         "unload_model": _unload_model,
         "get_info": services.get_info,
         "tokenizer/encode": services.encode_text,
         "retrieve_future": _retrieve_future,
-    } | {name: _operation(name, decode) for name, decode in _OPERATIONS.items()}
+    } | {route: _operation(route) for route in training_json.OPERATIONS}
     gets: dict[str, Handler] = {
         "healthz": services.constant({"status": "ok"}),
         "get_server_capabilities": services.capabilities,
@@ -91,53 +92,63 @@ def build_app(spec: TrainerSpec) -> Starlette:
             Route("/worker/status", services.status, methods=["GET"]),
         ],
         lifespan=lifespan,
-        exception_handlers={FireboxError: _on_error, HTTPException: _on_http_error, Exception: _on_bug},
+        exception_handlers={
+            FireboxError: _on_error,
+            HTTPException: _on_http_error,
+            ClientDisconnect: _on_disconnect,
+            Exception: _on_bug,
+        },
     )
 
 
 # ------------------------------------------------------------------------------------------------------- operations
 
 
-def _operation(name: str, decode: Decode) -> Handler:
+def _operation(route: str) -> Handler:
     async def handle(request: Request) -> Response:
-        body = await request.body()
-        address = await _off_loop(body, wire.decode_address, wire.OperationAddress)
-        operation = await _decode(body, decode)
-        return _accepted(request.state.session.accept(address, digest_of(name, body), operation))
+        decode: Callable[[bytes], TrainingRequest[OperationAddress]] = partial(training_json.decode_operation, route)
+        if request.headers.get("content-type", "").startswith(training_proto.MEDIA_TYPE):
+            if route != "forward_backward":
+                raise InvalidArgument(f"Content-Type: {route} is read as JSON only")
+            decode = training_proto.decode_forward_backward
+        (address, operation, _), digest = await decoded(request, _with_digest(route, decode))
+        return _accepted(request.state.session.accept(address, digest, operation))
 
     return handle
 
 
 async def _create_model(request: Request) -> Response:
-    body = await request.body()
-    address = wire.decode_address(body, wire.CreateModelAddress)
-    operation = await _decode(body, wire.decode_create_model)
-    return _accepted(request.state.session.create_model(address, digest_of("create_model", body), operation))
+    decode = _with_digest("create_model", training_json.decode_create_model)
+    (address, operation, _), digest = await decoded(request, decode)
+    return _accepted(request.state.session.create_model(address, digest, operation))
 
 
 async def _unload_model(request: Request) -> Response:
-    address = wire.decode_address(await request.body(), wire.OperationAddress)
+    address = await decoded(request, partial(training_json.decode_address, kind=OperationAddress))
     return _accepted(request.state.session.unload_model(address.model_id))
 
 
 async def _retrieve_future(request: Request) -> Response:
-    request_id = (await services.read_body(request, _FutureBody)).request_id
+    request_id = (await read_json(request, _FutureBody)).request_id
     result = await request.state.session.wait(request_id, _HOLD_S)
     if result is None:
         return JSONResponse({"type": "try_again", "request_id": request_id, "queue_state": "active"})
-    return Response(wire.encode_result(result), media_type="application/json")
+    if not isinstance(result, ForwardOutput):
+        return Response(training_json.encode_result(result), media_type="application/json")
+    as_proto = training_proto.MEDIA_TYPE in request.headers.get("accept", "")
+    encode = training_proto.encode_output if as_proto else training_json.encode_result
+    content = await encoded(request, partial(encode, result))
+    return Response(content, media_type=training_proto.MEDIA_TYPE if as_proto else "application/json")
 
 
-async def _decode(body: bytes, decode: Decode) -> wire.Operation | wire.Failed:
-    try:
-        return await _off_loop(body, decode)
-    except InvalidArgument as error:
-        return wire.failed(error)
+def _with_digest(
+    route: str, decode: Callable[[bytes], TrainingRequest[_T]]
+) -> Callable[[bytes], tuple[TrainingRequest[_T], bytes]]:
+    def run(body: bytes) -> tuple[TrainingRequest[_T], bytes]:
+        request = decode(body)
+        return request, digest_of(route, request.canonical)
 
-
-async def _off_loop(body: bytes, decode: Callable[..., _T], *args: Any) -> _T:
-    """Big bodies are decoded beside the event loop, so that they do not hold up the others."""
-    return await asyncio.to_thread(decode, body, *args) if len(body) > _BIG_BODY else decode(body, *args)
+    return run
 
 
 def _accepted(future: Future) -> Response:
@@ -156,6 +167,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     told = NotFound(f"{request.method} {request.url.path}: {error.detail}; there is no such call")
     return JSONResponse(envelope(told), status_code=error.status_code)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)  # nobody is there to read it
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from tokenizers import Tokenizer
 
+from firebox.trainer.bodies import decoded, read_json
 from firebox.trainer.checkpoint import list_checkpoints as saved_checkpoints
 from firebox.trainer.session import Session
-from firebox.wire.errors import InvalidArgument, NotFound
-from firebox.wire.training import OperationAddress, decode_address
+from firebox.wire.client_config import client_config
+from firebox.wire.errors import NotFound
+from firebox.wire.training import OperationAddress
+from firebox.wire.training_json import decode_address
 from firebox.wire.worker import TrainerSpec
 
-_T = TypeVar("_T")
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+class _ConfigBody(msgspec.Struct):
+    sdk_version: str = ""
 
 
 class _SessionBody(msgspec.Struct):
@@ -40,18 +47,28 @@ def constant(answer: dict[str, Any]) -> Handler:
     return handle
 
 
+async def config(request: Request) -> Response:
+    return JSONResponse(client_config((await read_json(request, _ConfigBody)).sdk_version))
+
+
 async def create_session(request: Request) -> Response:
     return JSONResponse({"session_id": request.state.session.open_session(), "type": "create_session"})
 
 
 async def session_heartbeat(request: Request) -> Response:
-    request.state.session.check_session((await read_body(request, _SessionBody)).session_id)
+    request.state.session.check_session((await read_json(request, _SessionBody)).session_id)
     return JSONResponse({"type": "session_heartbeat"})
+
+
+async def finish_session(request: Request) -> Response:
+    """A client says goodbye. What it made stays until it is unloaded: another one may go on with it."""
+    request.state.session.check_session(request.path_params["session_id"])
+    return JSONResponse({"type": "finish_session"})
 
 
 async def get_info(request: Request) -> Response:
     spec: TrainerSpec = request.state.spec
-    model_id = decode_address(await request.body(), OperationAddress).model_id
+    model_id = (await decoded(request, partial(decode_address, kind=OperationAddress))).model_id
     created = request.state.session.created(model_id)
     return JSONResponse(
         {
@@ -82,7 +99,7 @@ async def list_checkpoints(request: Request) -> Response:
 
 async def encode_text(request: Request) -> Response:
     tokenizer: Tokenizer | None = request.state.tokenizer
-    text = (await read_body(request, _TextBody)).text
+    text = (await read_json(request, _TextBody)).text
     if tokenizer is None:
         raise NotFound("the base model has no tokenizer.json; encode the text on the client")
     return JSONResponse({"tokens": tokenizer.encode(text).ids})
@@ -91,10 +108,3 @@ async def encode_text(request: Request) -> Response:
 async def status(request: Request) -> Response:
     session: Session = request.state.session
     return JSONResponse({"job": request.state.spec.job, "models": session.model_ids, "pending": session.num_pending})
-
-
-async def read_body(request: Request, kind: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(await request.body(), type=kind)
-    except msgspec.DecodeError as error:
-        raise InvalidArgument(f"body: {error}") from error

@@ -7,6 +7,7 @@
     ├── PermissionDenied     403
     ├── NotFound             404
     ├── AlreadyExists        409   control plane only, never on the data plane
+    ├── TooLarge             413   a body above the limit it names
     ├── ResourceExhausted    429
     ├── Internal             500   a bug of ours
     └── Unavailable          503   a worker is gone or not there yet
@@ -16,19 +17,24 @@ To add one: subclass FireboxError with its gRPC `code` and HTTP `status`; give e
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+_MAX_MESSAGE: Final = 2000
 
 
 class FireboxError(Exception):
-    """Base of every error that crosses a process boundary. `code` is the gRPC number, `status` the HTTP one."""
+    """Base of every error that crosses a process boundary. `code` is the gRPC number, `status` the HTTP one.
+
+    A message may quote what a caller sent, and is kept with its future: it is cut off at 2000 characters.
+    """
 
     code: ClassVar[int] = 13
     status: ClassVar[int] = 500
     default_reason: ClassVar[str] = "INTERNAL"
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = message if len(message) <= _MAX_MESSAGE else message[:_MAX_MESSAGE] + " [cut off]"
+        super().__init__(self.message)
         self.reason = reason or self.default_reason
 
     @property
@@ -59,6 +65,10 @@ class NotFound(FireboxError):
 
 class AlreadyExists(FireboxError):
     code, status, default_reason = 6, 409, "ALREADY_EXISTS"
+
+
+class TooLarge(FireboxError):
+    code, status, default_reason = 11, 413, "TOO_LARGE"
 
 
 class ResourceExhausted(FireboxError):

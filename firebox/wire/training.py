@@ -1,45 +1,48 @@
-"""The training data plane: request bodies, the operations they become, and the results that answer them.
+"""The training data plane: the operations that requests become, and the results that answer them.
 
-Owns the JSON shapes and the one internal form of an operation, a tagged value that any codec may produce and that can
-be sent to another rank as it is. Knows nothing of ordering, tensors on a device, or HTTP.
+Owns the one internal form of an operation, plain values that every codec produces (`training_json`, `training_proto`)
+and that can be executed by another rank as they are. Knows nothing of encodings, ordering, devices, or HTTP.
 
-Invariant: an operation is decoded completely or not at all; what is decoded here still has to be judged against the
+Invariant: the same request gives the same operation, whichever wire it came by. It still has to be judged against the
 model (lengths, token ids), which is the trainer's business.
 """
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from firebox.wire.errors import FireboxError, InvalidArgument
+from firebox.wire.errors import FireboxError
 
 Normalization = Literal["none", "num_loss_tokens", "num_sequences"]
 GradNormMetrics = Literal["off", "basic", "detailed"]
-
-_Body = TypeVar("_Body", bound=msgspec.Struct)
+Array = NDArray[np.float32] | NDArray[np.int64]
 
 
 # ---------------------------------------------------------------------------------------------------- shapes of data
 
 
 class TensorData(msgspec.Struct, frozen=True, kw_only=True):
-    """A tensor as flat row-major numbers, or as CSR: then `data` holds the listed values and `shape` is required."""
+    """A tensor as flat row-major numbers [N], or as CSR: then `data` holds the listed values and `shape` is required.
 
-    data: list[int | float]
+    `data` is of `dtype`; the CSR indices are int64.
+    """
+
+    data: Array
     dtype: Literal["float32", "int64"]
     shape: list[int] | None = None
-    sparse_crow_indices: list[int] | None = None
-    sparse_col_indices: list[int] | None = None
+    sparse_crow_indices: NDArray[np.int64] | None = None
+    sparse_col_indices: NDArray[np.int64] | None = None
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a sequence; `tokens` [N] int64 when it is text, none when it is anything else."""
+
     type: str = "encoded_text"
-    tokens: list[int] = []
+    tokens: NDArray[np.int64]
 
 
 class ModelInput(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +102,7 @@ class Forward(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     data: list[Datum]
     loss_fn: str
-    loss_fn_config: dict[str, Any] = {}
+    loss_fn_config: dict[str, float | str] = {}
     backward: bool = False
 
 
@@ -155,7 +158,7 @@ class ModelUnloaded(msgspec.Struct, frozen=True, kw_only=True):
 class OutputTensor(msgspec.Struct, frozen=True, kw_only=True):
     """`data` is flat and stays an array until it is encoded: results are kept for a while, lists are larger."""
 
-    data: NDArray[np.float32] | NDArray[np.int64]
+    data: Array
     dtype: Literal["float32", "int64"]
     shape: list[int]
 
@@ -205,24 +208,13 @@ def failed(error: FireboxError) -> Failed:
     return Failed(error=error.message, category="user" if error.status < 500 else "server")
 
 
-def output_tensor(array: NDArray[np.float32] | NDArray[np.int64]) -> OutputTensor:
+def output_tensor(array: Array) -> OutputTensor:
     """Wrap a float32 or int64 array of any shape."""
     dtype: Literal["float32", "int64"] = "float32" if array.dtype == np.float32 else "int64"
     return OutputTensor(data=array.reshape(-1), dtype=dtype, shape=list(array.shape))
 
 
-def encode_result(result: Result) -> bytes:
-    """The JSON body that answers a finished future."""
-    return msgspec.json.encode(result, enc_hook=_array_to_list)
-
-
-def _array_to_list(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} cannot be encoded")
-
-
-# ----------------------------------------------------------------------------------------------------- request bodies
+# ------------------------------------------------------------------------------------------------------------ requests
 
 
 class CreateModelAddress(msgspec.Struct, frozen=True, kw_only=True):
@@ -243,134 +235,12 @@ class OperationAddress(msgspec.Struct, frozen=True, kw_only=True):
     seq_id: int | None = None
 
 
-class _CreateModelBody(msgspec.Struct, frozen=True, kw_only=True):
-    base_model: str
-    lora_config: LoraConfig | None = None
-    base_only: bool = False
-    projection_head_dim: int | None = None
+Address = TypeVar("Address", OperationAddress, CreateModelAddress)
 
 
-class _ForwardInput(msgspec.Struct, frozen=True, kw_only=True):
-    data: list[Datum]
-    loss_fn: str
-    loss_fn_config: dict[str, Any] | None = None
+class Request(NamedTuple, Generic[Address]):
+    """A decoded request: its place, what it asks or why that is unreadable, and bytes equal for equal requests."""
 
-
-class _ForwardBody(msgspec.Struct, frozen=True, kw_only=True):
-    forward_input: _ForwardInput
-
-
-class _ForwardBackwardBody(msgspec.Struct, frozen=True, kw_only=True):
-    forward_backward_input: _ForwardInput
-
-
-class _OptimStepBody(msgspec.Struct, frozen=True, kw_only=True):
-    adam_params: AdamParams
-    grad_accumulation_normalization: Normalization | None = None
-
-
-class _SaveStateBody(msgspec.Struct, frozen=True, kw_only=True):
-    path: str
-    overwrite: bool = False
-
-
-class _LoadStateBody(msgspec.Struct, frozen=True, kw_only=True):
-    path: str
-    optimizer: bool
-
-
-class _SaveForSamplerBody(msgspec.Struct, frozen=True, kw_only=True):
-    path: str
-    checkpoint_type: str = "base"
-
-
-def decode_create_model(body: bytes) -> CreateModel:
-    """The operation in a `create_model` body; raises InvalidArgument naming the field."""
-    create = _decode(body, _CreateModelBody)
-    return CreateModel(
-        base_model=create.base_model,
-        lora_config=create.lora_config or LoraConfig(),
-        base_only=create.base_only,
-        projection_head_dim=create.projection_head_dim,
-    )
-
-
-def decode_forward(body: bytes) -> Forward:
-    """The operation in a `forward` body; raises InvalidArgument naming the field."""
-    return _forward(_decode(body, _ForwardBody).forward_input, backward=False)
-
-
-def decode_forward_backward(body: bytes) -> Forward:
-    """The operation in a `forward_backward` body; raises InvalidArgument naming the field."""
-    return _forward(_decode(body, _ForwardBackwardBody).forward_backward_input, backward=True)
-
-
-def decode_optim_step(body: bytes) -> OptimStep:
-    """The operation in an `optim_step` body; raises InvalidArgument naming the field."""
-    step = _decode(body, _OptimStepBody)
-    return OptimStep(adam_params=step.adam_params, normalization=step.grad_accumulation_normalization or "none")
-
-
-def decode_save_state(body: bytes) -> SaveState:
-    """The operation in a `save_weights` body; `overwrite` is refused because a saved checkpoint never changes."""
-    save = _decode(body, _SaveStateBody)
-    if save.overwrite:
-        raise InvalidArgument(f"overwrite: a saved checkpoint never changes; save {save.path!r} under another name")
-    return SaveState(name=save.path)
-
-
-def decode_load_state(body: bytes) -> LoadState:
-    """The operation in a `load_weights` body; raises InvalidArgument naming the field."""
-    load = _decode(body, _LoadStateBody)
-    return LoadState(ref=load.path, optimizer=load.optimizer)
-
-
-def decode_save_for_sampler(body: bytes) -> SaveForSampler:
-    """The operation in a `save_weights_for_sampler` body; raises InvalidArgument naming the field."""
-    save = _decode(body, _SaveForSamplerBody)
-    return SaveForSampler(name=save.path, checkpoint_type=save.checkpoint_type)
-
-
-def decode_unload_model(body: bytes) -> UnloadModel:
-    """The operation in an `unload_model` body, which holds nothing but the model's id."""
-    return UnloadModel()
-
-
-def decode_load_adapter(body: bytes) -> Operation:
-    """`load_adapter` is understood and refused: always raises InvalidArgument with the way around it."""
-    raise InvalidArgument(
-        "load_adapter: starting from a promoted adapter is not supported; "
-        "use save_state in the first job and load_state with cross_job://<job>/<name> in this one"
-    )
-
-
-def decode_address(body: bytes, kind: type[_Body]) -> _Body:
-    """Read only the address out of a body.
-
-    A body that is JSON but for a NaN or Infinity still has one: its sequence number must be consumed.
-    Raises InvalidArgument when there is no address to be read.
-    """
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise InvalidArgument(f"body: {error}") from error
-    except msgspec.DecodeError as error:
-        try:
-            return msgspec.convert(json.loads(body), type=kind)
-        except (ValueError, RecursionError):
-            raise InvalidArgument(f"body: not JSON: {error}") from error
-
-
-def _forward(request: _ForwardInput, *, backward: bool) -> Forward:
-    return Forward(
-        data=request.data, loss_fn=request.loss_fn, loss_fn_config=request.loss_fn_config or {}, backward=backward
-    )
-
-
-def _decode(body: bytes, kind: type[_Body]) -> _Body:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError as error:
-        raise InvalidArgument(f"body: {error}") from error
-    except msgspec.DecodeError as error:
-        raise InvalidArgument(f"body: {error}; numbers must be finite (no NaN or Infinity)") from error
+    address: Address
+    operation: Operation | Failed
+    canonical: bytes
