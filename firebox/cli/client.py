@@ -38,16 +38,21 @@ class Client:
         """`ask` below the account's own path."""
         return self.ask(method, f"/v1/accounts/{self.account}/{path}", **kwargs)
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the data directory that was named is the one of the server that answers."""
+        try:
+            serving: str = json.loads(self.layout.server_file.read_text())["url"]
+        except FileNotFoundError:
+            return False
+        return serving.rstrip("/") == self.url.rstrip("/")
+
     def staging(self) -> Path:
         """Where a new model's files are put for the server to take. Raises FailedPrecondition for another's directory.
 
         Weights do not travel over the wire: the command and the server must share a file system.
         """
-        try:
-            serving = json.loads(self.layout.server_file.read_text())["url"]
-        except FileNotFoundError:
-            serving = None
-        if serving is None or serving.rstrip("/") != self.url.rstrip("/"):
+        if not self.is_local:
             raise FailedPrecondition(
                 f"the server at {self.url} does not keep its data in {self.layout.root}; name the directory it was "
                 "started with, on its own machine: --data-dir DIR or FIREBOX_DATA_DIR"

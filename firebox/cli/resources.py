@@ -26,7 +26,8 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> Non
     client = _client(data_dir)
     running = client.every("rlorTrainerJobs", "rlorTrainerJobs") + client.every("deployments", "deployments")
     if not as_json:
-        print(f"{client.url}, account {client.account}, data in {client.layout.root}")
+        place = f", data in {client.layout.root}" if client.is_local else ""
+        print(f"{client.url}, account {client.account}{place}")
     _show(running, {"what": "name", "state": "state", "message": "statusMessage"}, as_json)
 
 
@@ -132,6 +133,9 @@ def _show(rows: Rows, columns: Mapping[str, str], as_json: bool) -> None:
     """Print `rows`: as JSON whole, as a table the fields that `columns` maps headings to."""
     if as_json:
         print(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        print("None yet.")
         return
     from rich.console import Console
     from rich.table import Table

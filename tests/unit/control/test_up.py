@@ -122,7 +122,9 @@ def test_commands_show_what_the_server_has(server: Server) -> None:
     server.create_job("shown")
     listed = json.loads(firebox("jobs", "--json", data=server.data).stdout)
     assert "accounts/local/rlorTrainerJobs/shown" in [job["name"] for job in listed]
-    assert "accounts/local/trainingShapes/tiny-cpu-lora/versions/1" in firebox("shapes", data=server.data).stdout
+    shapes = firebox("shapes", data=server.data).stdout
+    assert "tiny-cpu-lora " in shapes
+    assert "accounts/local/trainingShapes/<shape>" in shapes
     assert json.loads(firebox("checkpoints", "shown", "--json", data=server.data).stdout) == []
     assert "worker is starting" in firebox("logs", "shown", data=server.data).stdout
     shown: list[dict[str, Any]] = json.loads(firebox("models", "list", "--json", data=server.data).stdout)
@@ -131,6 +133,16 @@ def test_commands_show_what_the_server_has(server: Server) -> None:
     assert wrong.returncode == 1
     assert "API key" in wrong.stderr
     server.own("DELETE", "rlorTrainerJobs/shown")
+
+
+def test_model_is_not_staged_where_the_server_does_not_look(server: Server, tmp_path: Path) -> None:
+    """The address decides which server is asked; files for it must land in that server's own directory."""
+    address = {"FIREWORKS_BASE_URL": server.url, "FIREWORKS_API_KEY": server.key}
+    refused = firebox("models", "make-tiny", "lost", data=tmp_path, **address)
+    assert refused.returncode == 1
+    assert "--data-dir" in refused.stderr
+    assert not (tmp_path / "staging").exists()
+    assert firebox("models", "list", data=tmp_path, **address).returncode == 0
 
 
 def test_commands_without_a_server_say_what_to_do(tmp_path: Path) -> None:
