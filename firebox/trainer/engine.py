@@ -140,7 +140,10 @@ class Engine:
             self._models[model_id] = self._base
         else:
             adapter = Adapter(self._lm, create.lora_config)
-            self._models[model_id] = ModelState(adapter.parameters, adapter)
+            state = ModelState(adapter.parameters, adapter)
+            if create.state is not None:
+                self._load(state, create.state)
+            self._models[model_id] = state
         return ModelCreated(model_id=model_id, is_lora=rank > 0, lora_rank=rank)
 
     def _check_create(self, create: CreateModel) -> None:
@@ -206,10 +209,12 @@ class Engine:
         return StateSaved(path=save.name)
 
     def _load_state(self, model_id: str, load: LoadState) -> StateLoaded:
-        state = self._trainable(model_id, "load_state")
+        self._load(self._trainable(model_id, "load_state"), load)
+        return StateLoaded(path=load.ref, model_id=model_id)
+
+    def _load(self, state: ModelState, load: LoadState) -> None:
         directory, manifest = find_checkpoint(load.ref, self._job_dir, Path(self._spec.jobs_dir))
         state.load(read_checkpoint_tensors(directory, manifest), optimizer=load.optimizer)
-        return StateLoaded(path=load.ref, model_id=model_id)
 
     def _save_for_sampler(self, model_id: str, save: SaveForSampler) -> SavedForSampler:
         state = self._trainable(model_id, "save_weights_for_sampler")

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tokenizers import Tokenizer
 
-from firebox.trainer import services
+from firebox.trainer import runs, services
 from firebox.trainer.bodies import CODEC_THREADS, decoded, encoded, read_json
 from firebox.trainer.engine import Engine, EngineThread
 from firebox.trainer.journal import digest_of
@@ -60,7 +60,7 @@ def build_app(spec: TrainerSpec) -> Starlette:
         with ThreadPoolExecutor(CODEC_THREADS, "codec") as codec:
             yield {
                 "spec": spec,
-                "session": Session(thread.submit),
+                "session": Session(thread.submit, pooled=spec.pooled),
                 "codec": codec,
                 "architecture": engine.architecture,
                 "tokenizer": tokenizer,
@@ -90,6 +90,8 @@ def build_app(spec: TrainerSpec) -> Starlette:
             *(Route(f"/api/v1/{path}", handler, methods=["POST"]) for path, handler in posts.items()),
             *(Route(f"/api/v1/{path}", handler, methods=["GET"]) for path, handler in gets.items()),
             Route("/worker/status", services.status, methods=["GET"]),
+            Route("/worker/runs", runs.create, methods=["POST"]),
+            Route("/worker/runs/park", runs.park, methods=["POST"]),
         ],
         lifespan=lifespan,
         exception_handlers={

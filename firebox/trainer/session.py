@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from firebox.trainer.journal import Entry, Journal
-from firebox.wire.errors import FireboxError, InvalidArgument, NotFound
+from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound
 from firebox.wire.training import (
     Command,
     CreateModel,
@@ -29,6 +29,7 @@ from firebox.wire.training import (
     Operation,
     OperationAddress,
     Result,
+    SaveState,
     UnloadModel,
     failed,
 )
@@ -60,8 +61,9 @@ class _Sequence:
 class Session:
     """All sessions and models of one trainer; `submit` takes commands to the engine, which calls back with results."""
 
-    def __init__(self, submit: Submit) -> None:
+    def __init__(self, submit: Submit, *, pooled: bool = False) -> None:
         self._submit = submit
+        self._pooled = pooled
         self._loop = asyncio.get_running_loop()
         self._session_ids: set[str] = set()
         self._sequences: dict[str, _Sequence] = {}
@@ -89,8 +91,8 @@ class Session:
         return self._created[model_id]
 
     def check_session(self, session_id: str) -> None:
-        """Raises NotFound when this trainer did not open that session."""
-        if session_id not in self._session_ids:
+        """Raises NotFound when this trainer did not open that session; a pooled one leaves sessions to the server."""
+        if not self._pooled and session_id not in self._session_ids:
             raise NotFound(
                 f"session_id: {session_id!r} is not known to this trainer; it may have been restarted, reconnect",
                 reason="SESSION_NOT_FOUND",
@@ -106,6 +108,23 @@ class Session:
             return self._failed(error)
         sequence = self._sequences.setdefault(address.model_id, _Sequence())
         return self._accept(address.model_id, sequence, 0, digest, operation)
+
+    def restore_model(self, address: CreateModelAddress, operation: CreateModel, next_seq_id: int) -> Future:
+        """Make a model whose sequence goes on at `next_seq_id`; one that is here already fails."""
+        if address.model_id in self._sequences:
+            return self._failed(FailedPrecondition(f"model_id: {address.model_id!r} is here already"))
+        future = self.create_model(address, b"", operation)
+        self._sequences[address.model_id].next = next_seq_id
+        return future
+
+    def save_model(self, model_id: str, name: str) -> tuple[Future, int]:
+        """Save a model behind everything that left for the engine; also its next place. Raises NotFound."""
+        sequence = self._sequences.get(model_id)
+        if sequence is None:
+            raise _unknown_model(model_id)
+        future = self._new_future()
+        self._send(model_id, SaveState(name=name), future)
+        return future, sequence.next
 
     def accept(self, address: OperationAddress, digest: bytes, operation: Operation | Failed) -> Future:
         """Accept an operation at its place; a `Failed` one consumes the place too."""

@@ -91,6 +91,8 @@ class CreateModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     lora_config: LoraConfig = LoraConfig()
     base_only: bool = False
     projection_head_dim: int | None = None
+    state: LoadState | None = None
+    """What the new model starts from; only the server itself asks for it."""
 
 
 class UnloadModel(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -10,6 +10,8 @@ from typing import Final, Literal
 
 import msgspec
 
+from firebox.wire.training import LoadState, LoraConfig
+
 WORKER_TOKEN_HEADER: Final = "x-firebox-worker-token"
 
 SnapshotKind = Literal["base", "delta", "adapter"]
@@ -50,7 +52,8 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     `job` and `base_model` are resource names; `job_dir` holds `checkpoints/` and `snapshots/` of this job, and
     `jobs_dir/<job id>/checkpoints` those of other jobs of the account (for `cross_job://`).
-    `lora_rank` 0 is full-parameter training, otherwise the largest rank a model of this job may ask for.
+    `lora_rank` 0 is full-parameter training, otherwise the largest rank a model of this job may ask for. A `pooled`
+    trainer serves sessions that the server opened, so it takes every session id.
     """
 
     job: str
@@ -61,6 +64,7 @@ class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_context_length: int
     lora_rank: int = 0
     forward_only: bool = False
+    pooled: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     runtime: WorkerRuntime
 
@@ -100,6 +104,31 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     in_flight: int = 0
     base_model: str = ""
+
+
+class CreateRun(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /worker/runs` of a pooled trainer: make the model of a training run; answers once it is there.
+
+    `state` is what it starts from, and `next_seq_id` where its sequence goes on, when the run was parked before.
+    """
+
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    lora_config: LoraConfig
+    state: LoadState | None = None
+    next_seq_id: int = 1
+
+
+class ParkRun(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /worker/runs/park`: save the model's state as `checkpoint` and unload it; answers `ParkedRun`."""
+
+    model_id: str
+    checkpoint: str
+
+
+class ParkedRun(msgspec.Struct, frozen=True, kw_only=True):
+    next_seq_id: int
 
 
 class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):

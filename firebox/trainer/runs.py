@@ -1,0 +1,50 @@
+"""What the server asks of a pooled trainer: make the model of a training run, from nothing or a saved state; park one.
+
+Owns the bodies and answers of these two calls, which answer when the engine has done them. Does not know when a run is
+parked, or why.
+
+Invariant: a parked model is unloaded only after its state is safe, and what was accepted before is part of it.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from firebox.trainer.bodies import read_json
+from firebox.trainer.session import Future, Session
+from firebox.wire.training import CreateModel, CreateModelAddress, Failed, Result
+from firebox.wire.training_json import encode_result
+from firebox.wire.worker import CreateRun, ParkedRun, ParkRun
+
+
+async def create(request: Request) -> Response:
+    body = await read_json(request, CreateRun)
+    session: Session = request.state.session
+    address = CreateModelAddress(session_id=body.session_id, model_seq_id=body.model_seq_id)
+    operation = CreateModel(base_model=body.base_model, lora_config=body.lora_config, state=body.state)
+    return _json(encode_result(await _done(session.restore_model(address, operation, body.next_seq_id))))
+
+
+async def park(request: Request) -> Response:
+    body = await read_json(request, ParkRun)
+    session: Session = request.state.session
+    future, next_seq_id = session.save_model(body.model_id, body.checkpoint)
+    result = await _done(future)
+    if isinstance(result, Failed):
+        return _json(encode_result(result))
+    await _done(session.unload_model(body.model_id))
+    return _json(msgspec.json.encode(ParkedRun(next_seq_id=next_seq_id)))
+
+
+async def _done(future: Future) -> Result:
+    """The engine answers every command, so this ends; the server has its own deadline."""
+    await future.done.wait()
+    result = future.result
+    assert result is not None
+    return result
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
