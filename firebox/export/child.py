@@ -24,13 +24,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from firebox.weights.manifest import Probe, SnapshotManifest, read_snapshot, verify
+from firebox.weights.manifest import PROBE_TOLERANCE, Probe, SnapshotManifest, read_snapshot, verify
 from firebox.weights.snapshot import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, read_tensors
 from firebox.wire.errors import FailedPrecondition, FireboxError
 from firebox.wire.worker import ExportReport, ExportRequest
-
-_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 0.25}
-"""Nats. Another attention kernel sums in another order; bfloat16 snapshots are probed with float32 master weights."""
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
@@ -117,7 +114,7 @@ def _compare(manifest: SnapshotManifest, model_dir: Path, out_dir: Path) -> Expo
     if manifest.probe is None:
         raise FailedPrecondition(f"{manifest.identity}: the manifest has no probe to compare with")
     difference = _difference(model, manifest.probe)
-    if not difference <= _TOLERANCE[manifest.dtype]:
+    if not difference <= PROBE_TOLERANCE[manifest.dtype]:
         raise FailedPrecondition(
             f"{manifest.identity}: the exported model differs from the trainer by {difference:.3g} nats",
             reason="EXPORT_MISMATCH",

@@ -48,6 +48,12 @@ class CausalLM:
         """float32 logits [..., V] of hidden states [..., D]."""
         return self.head(hidden).float()
 
+    def score(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities [T-1] float32, in nats, of tokens 1..T-1 of one sequence `tokens` [T] (int64)."""
+        lengths = [len(tokens)]
+        hidden = self.hidden(tokens, packed_positions(lengths, self.device), PackedCausal(lengths))
+        return logprobs_of(self.logits(hidden[:-1]), tokens[1:])
+
 
 def logprobs_of(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities in nats of `targets` [T] or [T, K] (int64) under `logits` [T, V]; same shape as targets.

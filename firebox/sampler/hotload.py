@@ -6,8 +6,9 @@
 Owns what is loaded and how a snapshot becomes tensors. Does not know who decided on the snapshot. Files are read and
 checked on a thread of their own while the engine serves; only the copy into the live weights pauses it.
 
-Invariant: nothing is copied before everything is checked. Should the copy itself break, the weights are unknown and
-the stage is `error`: requests are refused until a whole snapshot is loaded.
+Invariant: nothing is copied before everything is checked, and nothing is served before the copied weights give the
+log-probs that the trainer stored with them. Should that fail, the weights are unknown and the stage is `error`:
+requests are refused until a whole snapshot is loaded.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any, Final
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from firebox.modeling.causal_lm import CausalLM, load_causal_lm
 from firebox.sampler.engine import Engine, Swap
-from firebox.weights.manifest import SnapshotManifest, read_snapshot, verify
+from firebox.weights.manifest import PROBE_TOLERANCE, Probe, SnapshotManifest, read_snapshot, verify
 from firebox.wire.errors import FailedPrecondition, FireboxError, Unavailable
 from firebox.wire.worker import HotloadCommand, HotloadStage, ReplicaStatus, SamplerSpec
 
@@ -83,9 +84,9 @@ class Hotloader:
             self._target, self._error = command.identity, ""
             try:
                 self._stage = "fetching"
-                staged = await asyncio.to_thread(self._fetch, command)
+                manifest, staged = await asyncio.to_thread(self._fetch, command)
                 self._stage = "verified"
-                await self._swap(command.identity, staged)
+                await self._swap(manifest, staged)
             except FireboxError as error:
                 self._fail(before, error.message, error)
             except Exception as error:  # noqa: BLE001 - foreign files fail in many ways; nothing has been copied yet
@@ -95,14 +96,14 @@ class Hotloader:
         logger.warning("hot-load of %s failed: %s", self._target, reason, exc_info=error)
         self._stage, self._error = stage, reason
 
-    def _fetch(self, command: HotloadCommand) -> dict[str, Tensor]:
+    def _fetch(self, command: HotloadCommand) -> tuple[SnapshotManifest, dict[str, Tensor]]:
         directory = Path(command.path)
         manifest = read_snapshot(directory)
         if manifest is None:
             raise FailedPrecondition(f"path: no committed snapshot in {directory}", reason="SNAPSHOT_MISSING")
         self._check(manifest, command)
         verify(directory, manifest)
-        return self._live.stage(directory, manifest)
+        return manifest, self._live.stage(directory, manifest)
 
     def _check(self, manifest: SnapshotManifest, command: HotloadCommand) -> None:
         if manifest.identity != command.identity:
@@ -131,13 +132,15 @@ class Hotloader:
                 reason="PARENT_MISMATCH",
             )
 
-    async def _swap(self, identity: str, staged: dict[str, Tensor]) -> None:
+    async def _swap(self, manifest: SnapshotManifest, staged: dict[str, Tensor]) -> None:
         def apply() -> None:
             self._live.copy(staged)
             self._stage = "swapped"
+            if manifest.probe is not None:
+                self._live.prove(manifest.probe, PROBE_TOLERANCE[manifest.dtype])
 
         self._stage = "paused"
-        swap = Swap(apply=apply, identity=identity, drain=self._spec.transition == "SYNC")
+        swap = Swap(apply=apply, identity=manifest.identity, drain=self._spec.transition == "SYNC")
         self._engine.swap(swap)
         try:
             await asyncio.wait_for(asyncio.wrap_future(swap.done), _DRAIN_DEADLINE_S)
@@ -152,20 +155,23 @@ class Hotloader:
             raise Unavailable("the sampler is stopping") from error
         except Exception as error:  # noqa: BLE001 - whatever broke the copy: the weights are unknown from here on
             self._current = None
-            self._fail("error", f"the copy broke: {type(error).__name__}: {error}", error)
+            reason = error.message if isinstance(error, FireboxError) else f"{type(error).__name__}: {error}"
+            self._fail("error", f"the swap broke: {reason}", error)
         else:
-            self._stage, self._current, self._target = "serving", identity, None
+            self._stage, self._current, self._target = "serving", manifest.identity, None
 
 
 class _LiveWeights:
     """The weights that serve, by Hugging Face name, and what it takes to replace them.
 
     An adapter stands on the base model, not on whatever was loaded before: `_changed` names the weights that differ
-    from the base model now, and so must be restored by the next adapter.
+    from the base model now, and so must be restored by the next adapter. Where a model ties its head to its embedding,
+    an adapter of the head gives the head a weight of its own until the next load; the embedding stays as it is.
     """
 
     def __init__(self, spec: SamplerSpec, lm: CausalLM) -> None:
         self._spec = spec
+        self._lm = lm
         self._dtype = next(lm.model.parameters()).dtype
         self._tensors: dict[str, Tensor] = {}
         self._canonical: dict[str, str] = {}  # tied names -> the one they share storage with
@@ -173,6 +179,8 @@ class _LiveWeights:
         for name, tensor in lm.model.state_dict(keep_vars=True).items():
             self._canonical[name] = first.setdefault(id(tensor), name)
             self._tensors[first[id(tensor)]] = tensor.data
+        head = next(name for name, module in lm.model.named_modules() if module is lm.head) + ".weight"
+        self._tied_head = head if self._canonical[head] != head else None
         self._changed: set[str] = set()
         self._base: Mapping[str, Tensor] | None = None
         if spec.adapter_dir is not None:
@@ -195,10 +203,23 @@ class _LiveWeights:
 
     def copy(self, staged: Mapping[str, Tensor]) -> None:
         """Write `staged` into the live weights. Runs on the engine's thread once that serves."""
-        self._changed |= staged.keys()
-        for name, tensor in staged.items():
+        own = {name: tensor for name, tensor in staged.items() if name in self._tensors}
+        self._changed |= own.keys()
+        for name, tensor in own.items():
             self._tensors[name].copy_(tensor)
-        self._changed = set(staged)
+        self._changed = set(own)
+        if self._tied_head is not None:
+            shared = self._tensors[self._canonical[self._tied_head]]
+            weight = staged.get(self._tied_head, shared).to(shared.device)
+            self._lm.head.weight = nn.Parameter(weight, requires_grad=False)
+
+    def prove(self, probe: Probe, tolerance: float) -> None:
+        """Raises FailedPrecondition when the live weights do not give the trainer's log-probs of `probe`, in nats."""
+        computed = self._lm.score(torch.tensor(probe.tokens, device=self._lm.device)).cpu()
+        difference = (computed - torch.tensor(probe.logprobs)).abs().max().item()
+        allowed = max(tolerance, PROBE_TOLERANCE[str(self._dtype).removeprefix("torch.")])
+        if not difference <= allowed:
+            raise _mismatch(f"log-probs differ from the trainer's by {difference:.2e} nats, at most {allowed} is right")
 
     def _check(self, name: str, tensor: Tensor) -> None:
         if name not in self._canonical:
@@ -222,13 +243,14 @@ class _LiveWeights:
             self._base = self._load_base()
         staged = {name: self._base[name] for name in self._changed}
         for key in sorted(factors):
-            target = self._canonical.get(key.removeprefix(_PEFT_PREFIX).replace(_LORA_A, ".weight"))
+            target = key.removeprefix(_PEFT_PREFIX).replace(_LORA_A, ".weight")
             if key.endswith(_LORA_B) and key.replace(_LORA_B, _LORA_A) in factors:
                 continue
             b = factors.get(key.replace(_LORA_A, _LORA_B))
-            if not key.endswith(_LORA_A) or target is None or b is None:
+            known = target in self._tensors or target == self._tied_head
+            if not key.endswith(_LORA_A) or not known or b is None:
                 raise _mismatch(f"{key}: not a LoRA factor of any weight of this model")
-            staged[target] = _merge(key, self._base[target], factors[key], b, scale)
+            staged[target] = _merge(key, self._base[self._canonical[target]], factors[key], b, scale)
         return staged
 
     def _load_base(self) -> dict[str, Tensor]:

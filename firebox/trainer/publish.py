@@ -16,8 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from firebox.modeling.attention import PackedCausal
-from firebox.modeling.causal_lm import CausalLM, logprobs_of, packed_positions
+from firebox.modeling.causal_lm import CausalLM
 from firebox.trainer.lora import Adapter
 from firebox.weights.manifest import Probe, SnapshotManifest
 from firebox.weights.snapshot import write_snapshot
@@ -84,7 +83,4 @@ def weights_of(lm: CausalLM) -> dict[str, Tensor]:
 @torch.no_grad()
 def _probe(lm: CausalLM) -> Probe:
     tokens = torch.arange(_PROBE_TOKENS, device=lm.device) * _PROBE_STRIDE % lm.vocab_size
-    lengths = [_PROBE_TOKENS]
-    hidden = lm.hidden(tokens, packed_positions(lengths, lm.device), PackedCausal(lengths))
-    logprobs = logprobs_of(lm.logits(hidden[:-1]), tokens[1:])
-    return Probe(tokens=tokens.tolist(), logprobs=logprobs.tolist())
+    return Probe(tokens=tokens.tolist(), logprobs=lm.score(tokens).tolist())

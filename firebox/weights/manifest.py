@@ -34,6 +34,11 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
+PROBE_TOLERANCE: Final = {"float32": 1e-4, "bfloat16": 0.25}
+"""Nats, by the dtype of the weights. Another attention kernel sums in another order; bfloat16 snapshots are probed with
+the trainer's float32 master weights."""
+
+
 class Probe(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens [T] and the trainer's log-probs [T-1] of tokens 1..T-1 under exactly these weights, in nats."""
 

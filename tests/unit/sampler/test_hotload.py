@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from firebox.weights.manifest import SnapshotManifest, committed_dir, describe, seal
+from firebox.weights.manifest import Probe, SnapshotManifest, committed_dir, describe, seal
 
 from .conftest import BASE_MODEL, make_spec, serving
 from .test_completions import PROMPT, complete, ids_of, rows_of
@@ -83,7 +83,7 @@ def make_adapter(model_dir: Path, out: Path, targets: list[str], seed: int):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(out)
+    model.save_pretrained(out, save_embedding_layers=False)
     return model.eval()
 
 
@@ -98,7 +98,7 @@ def test_base_then_delta(own, model_dir, plain, tmp_path):
 
 
 def test_adapters_replace_each_other_and_a_base_replaces_them(own, model_dir, plain, tmp_path):
-    for name, targets in (("a-1", ["q_proj", "down_proj"]), ("a-2", ["k_proj"])):
+    for name, targets in (("a-1", ["q_proj", "down_proj"]), ("a-0", ["v_proj", "lm_head"]), ("a-2", ["k_proj"])):
         peft = {}
 
         def write(directory: Path, targets=targets, peft=peft) -> None:
@@ -112,6 +112,22 @@ def test_adapters_replace_each_other_and_a_base_replaces_them(own, model_dir, pl
     # An adapter stands on the base model, not on the full weights that were loaded before it.
     hotload(own, tmp_path / "a-2")
     assert_serves(own, peft["model"], "a-2")
+
+
+def test_weights_that_contradict_their_probe_are_not_served(own, model_dir, plain, tmp_path):
+    """Whatever went wrong between trainer and sampler, other log-probs than the trainer's are never served."""
+    good, tokens = shifted(plain, 1), torch.arange(12)
+    with torch.inference_mode():
+        logits = model_with(model_dir, good)(tokens[None]).logits[0, :-1]
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].tolist()
+    probe = Probe(tokens=tokens.tolist(), logprobs=logprobs)
+    hotload(own, commit_weights(tmp_path, "s-1", good, probe=probe))
+    status = hotload(own, commit_weights(tmp_path, "s-2", shifted(plain, 2), probe=probe))
+    assert (status["stage"], status["current_snapshot_identity"]) == ("error", None)
+    assert "log-probs differ from the trainer's" in status["error"]
+    assert own.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2}).status_code == 503
+    assert hotload(own, tmp_path / "s-1")["stage"] == "serving"
+    assert_serves(own, model_with(model_dir, good), "s-1")
 
 
 def test_a_promoted_adapter_is_served_from_the_start(model_dir, tmp_path):
