@@ -18,6 +18,9 @@ def up(
         list[Path] | None,
         typer.Option(help="Register this model directory at start, under its folder's name. May be repeated."),
     ] = None,
+    idle_minutes: Annotated[
+        float, typer.Option(help="Put away Tinker sessions and their workers after this silence.", min=0.1)
+    ] = 10.0,
 ) -> None:
     """Start the server.
 
@@ -25,4 +28,4 @@ def up(
     """
     from firebox.cli.up import run
 
-    run(data_dir.expanduser().resolve(), host, port, model or [])
+    run(data_dir.expanduser().resolve(), host, port, model or [], idle_minutes * 60)

@@ -9,29 +9,43 @@ import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import uvicorn
 
 from firebox.control.app import ControlPlane, clear_staging
 from firebox.control.layout import Layout
-from firebox.control.services import accounts, deployments, model_dir, models, trainer_jobs
+from firebox.control.services import (
+    accounts,
+    deployments,
+    model_dir,
+    models,
+    run_checkpoints,
+    samplers,
+    trainer_jobs,
+    training_runs,
+)
+from firebox.control.services.context import Control
 from firebox.gateway.app import build_app
 from firebox.gateway.guard import allowed_hosts
 from firebox.gateway.proxy import LookUps
+from firebox.gateway.tinker import RootCalls
 from firebox.launch.lease import ServerLock
 from firebox.launch.local import LocalLauncher
 from firebox.wire.control import CreateModel
 from firebox.wire.errors import FailedPrecondition
 from firebox.wire.names import DEFAULT_ACCOUNT
-from firebox.wire.worker import WorkerAddress
 
 _BACKLOG = 2048
 _SHUTDOWN_S = 2
 
 
-def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken."""
+def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path], idle_s: float = 600.0) -> None:
+    """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
+
+    After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -40,25 +54,19 @@ def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path]) -> Non
     lock = ServerLock(layout.lock)
     try:
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(layout, listener, host, model_dirs))
+            asyncio.run(_serve(layout, listener, host, model_dirs, idle_s))
     finally:
         lock.release()
 
 
-async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs: Sequence[Path]) -> None:
+async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs: Sequence[Path], idle_s: float) -> None:
     clear_staging(layout)
-    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock))
+    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock), idle_s)
     context = control.context
     new_key = await accounts.first_start(context)
     keys = await accounts.load_keys(context)
     for directory in model_dirs:
         await _register(control, directory)
-
-    async def trainer(account: str, job: str) -> WorkerAddress:
-        return await trainer_jobs.address(context, account, job)
-
-    async def sampler(account: str, name: str) -> WorkerAddress:
-        return await deployments.address(context, account, name)
 
     @contextlib.asynccontextmanager
     async def life() -> AsyncIterator[None]:
@@ -70,13 +78,28 @@ async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs:
 
     app = build_app(
         control.app,
-        LookUps(trainer, sampler),
+        LookUps(partial(trainer_jobs.address, context), partial(deployments.address, context)),
+        _root_calls(context),
         lambda key: accounts.account_of(keys, key),
         allowed_hosts(host),
         life,
     )
     config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=_SHUTDOWN_S)
     await uvicorn.Server(config).serve(sockets=[listener])
+
+
+def _root_calls(context: Control) -> RootCalls:
+    return RootCalls(
+        trainer=partial(trainer_jobs.address, context),
+        home=partial(training_runs.place, context),
+        create=partial(training_runs.create, context),
+        create_from=partial(training_runs.create_from, context),
+        unload=partial(training_runs.unload, context),
+        state_ref=partial(training_runs.state_ref, context),
+        announce=partial(run_checkpoints.announce, context),
+        sampler_of_run=partial(samplers.of_run, context),
+        sampling=partial(samplers.target, context),
+    )
 
 
 async def _register(control: ControlPlane, directory: Path) -> None:

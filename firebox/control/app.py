@@ -21,7 +21,20 @@ from firebox.control.layout import Layout
 from firebox.control.reconcile.checkpoints import Promotions
 from firebox.control.reconcile.deployments import Deployments
 from firebox.control.reconcile.trainer_jobs import TrainerJobs
-from firebox.control.routes import accounts, checkpoints, deployments, models, operations, trainer_jobs, training_shapes
+from firebox.control.reconcile.training_runs import TrainingRuns
+from firebox.control.routes import (
+    accounts,
+    checkpoints,
+    deployments,
+    models,
+    operations,
+    run_checkpoints,
+    samplers,
+    sessions,
+    trainer_jobs,
+    training_runs,
+    training_shapes,
+)
 from firebox.control.services.context import Control
 from firebox.launch.api import Launcher
 from firebox.launch.probe import ask
@@ -29,30 +42,37 @@ from firebox.wire.errors import FireboxError, InvalidArgument, NotFound, envelop
 from firebox.wire.worker import ReplicaStatus, WorkerAddress
 
 _PROBE_S = 20.0
+_ASK_S = 600.0
 
 
 class ControlPlane:
-    """The database, the reconcilers and the routes of one data directory. `start` needs a running event loop."""
+    """The database, the reconcilers and the routes of one data directory. `start` needs a running event loop.
 
-    def __init__(self, layout: Layout, launcher: Launcher) -> None:
+    After `idle_s` seconds without a request, sessions are put to sleep and pools are stopped.
+    """
+
+    def __init__(self, layout: Layout, launcher: Launcher, idle_s: float) -> None:
         self.context = Control(
-            db=Database(layout.database), layout=layout, templates=load_templates(), probe=_replica_status
+            db=Database(layout.database), layout=layout, templates=load_templates(), probe=_replica_status, ask=_post
         )
         self.app = _build_app(self.context)
         self._launcher = launcher
         self._jobs = TrainerJobs(self.context, launcher)
         self._deployments = Deployments(self.context, launcher)
         self._promotions = Promotions(self.context)
+        self._runs = TrainingRuns(self.context, idle_s)
 
     async def start(self) -> None:
         """Take up where an earlier server stopped: adopt its workers, end those that belong to nobody."""
         await self._jobs.recover()
         await self._deployments.recover()
         await self._promotions.recover()
+        await self._runs.recover()
         self._launcher.sweep()
 
     async def stop(self) -> None:
         """Stop reconciling, then every worker."""
+        await self._runs.close()
         await self._promotions.driver.close()
         await self._deployments.close()
         await self._jobs.driver.close()
@@ -70,6 +90,8 @@ def _build_app(control: Control) -> FastAPI:
     app = FastAPI(title="Firebox", version=__version__)
     app.state.control = control
     for module in (accounts, models, training_shapes, trainer_jobs, checkpoints, operations, deployments):
+        app.include_router(module.router)
+    for module in (sessions, training_runs, run_checkpoints, samplers):
         app.include_router(module.router)
     app.include_router(deployments.hot_load_router)
     app.add_exception_handler(FireboxError, _on_firebox_error)
@@ -97,6 +119,10 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code != 404:
         shown = InvalidArgument(f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(envelope(shown), status_code=error.status_code, headers=error.headers)
+
+
+async def _post(address: WorkerAddress, path: str, body: bytes) -> bytes:
+    return await ask(address, "POST", path, body, timeout_s=_ASK_S)
 
 
 async def _replica_status(address: WorkerAddress) -> ReplicaStatus:

@@ -14,6 +14,7 @@ from starlette.routing import Mount, Route
 
 from firebox.gateway.guard import Guard
 from firebox.gateway.proxy import LookUps, Proxy
+from firebox.gateway.tinker import Root, RootCalls
 from firebox.wire.errors import FireboxError, envelope
 
 _ANY = ["GET", "POST", "PUT", "PATCH", "DELETE"]
@@ -22,17 +23,20 @@ _ANY = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 def build_app(
     control: Any,
     look_ups: LookUps,
+    root_calls: RootCalls,
     account_of: Callable[[str], str | None],
     hosts: frozenset[str],
     lifespan: Callable[[], contextlib.AbstractAsyncContextManager[None]],
 ) -> Starlette:
     """`control` is the ASGI app of everything that is not the data plane; `lifespan` surrounds the server's life."""
     proxy = Proxy(look_ups)
+    root = Root(root_calls, proxy)
 
     @contextlib.asynccontextmanager
     async def life(_app: Starlette) -> AsyncIterator[None]:
         async with lifespan():
             yield
+            await root.close()
             await proxy.close()
 
     return Starlette(
@@ -42,6 +46,7 @@ def build_app(
             Route("/inference/v1/chat/completions", proxy.sampler, methods=["POST"]),
             Route("/v1/completions", proxy.sampler, methods=["POST"]),
             Route("/v1/chat/completions", proxy.sampler, methods=["POST"]),
+            *root.routes,
             Mount("/", app=control),
         ],
         middleware=[Middleware(Guard, account_of, hosts)],

@@ -78,14 +78,16 @@ class Proxy:
         path = request.url.path.removeprefix("/inference")
         return await self._forward(request, address, path, body)
 
-    async def close(self) -> None:
-        for client in self._clients.values():
-            await client.aclose()
-
-    async def _forward(
+    async def send(
         self, request: Request, address: WorkerAddress, path: str, content: bytes | AsyncIterator[bytes]
-    ) -> Response:
-        headers = [(k, v) for k, v in request.headers.items() if k not in _NOT_UPSTREAM]
+    ) -> httpx.Response:
+        """The answer to `request` from the worker at `address`, sent to `path` with `content` as its body, unread.
+
+        Raises Unavailable when the worker is gone.
+        """
+        # A body that is not the client's own has another length.
+        dropped = _NOT_UPSTREAM | ({"content-length"} if isinstance(content, bytes) else set())
+        headers = [(k, v) for k, v in request.headers.items() if k not in dropped]
         client = await self._client(address)
         outgoing = client.build_request(
             request.method,
@@ -94,14 +96,18 @@ class Proxy:
             content=content if request.method not in ("GET", "HEAD") else None,
         )
         try:
-            answer = await client.send(outgoing, stream=True)
+            return await client.send(outgoing, stream=True)
         except httpx.TransportError as error:
             raise Unavailable(f"the worker did not answer ({type(error).__name__}); it may have ended") from error
-        return StreamingResponse(
-            _relay(answer),
-            status_code=answer.status_code,
-            headers={k: v for k, v in answer.headers.items() if k not in _NOT_DOWNSTREAM},
-        )
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.aclose()
+
+    async def _forward(
+        self, request: Request, address: WorkerAddress, path: str, content: bytes | AsyncIterator[bytes]
+    ) -> Response:
+        return relayed(await self.send(request, address, path, content))
 
     async def _client(self, address: WorkerAddress) -> httpx.AsyncClient:
         client = self._clients.get(address)
@@ -118,6 +124,14 @@ class Proxy:
                 timeout=httpx.Timeout(_READ_S, connect=_CONNECT_S),
             )
         return client
+
+
+def relayed(answer: httpx.Response, content: bytes | None = None) -> Response:
+    """A worker's answer as ours: streamed, or with `content` where that was read already."""
+    headers = {k: v for k, v in answer.headers.items() if k not in _NOT_DOWNSTREAM}
+    if content is None:
+        return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=headers)
+    return Response(content, status_code=answer.status_code, headers=headers)
 
 
 async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:

@@ -1,6 +1,6 @@
 """What the server asks of a pooled trainer: make the model of a training run, from nothing or a saved state; park one.
 
-Owns the bodies and answers of these two calls, which answer when the engine has done them. Does not know when a run is
+Owns the bodies and answers of these calls, which answer when the engine has done them. Does not know when a run is
 parked, or why.
 
 Invariant: a parked model is unloaded only after its state is safe, and what was accepted before is part of it.
@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from firebox.trainer.bodies import read_json
+from firebox.trainer.journal import digest_of
 from firebox.trainer.session import Future, Session
-from firebox.wire.training import CreateModel, CreateModelAddress, Failed, Result
+from firebox.wire.training import CreateModel, CreateModelAddress, Failed, OperationAddress, Result
 from firebox.wire.training_json import encode_result
-from firebox.wire.worker import CreateRun, ParkedRun, ParkRun
+from firebox.wire.worker import CreateRun, ParkedRun, ParkRun, RefuseOperation
 
 
 async def create(request: Request) -> Response:
@@ -36,6 +37,15 @@ async def park(request: Request) -> Response:
         return _json(encode_result(result))
     await _done(session.unload_model(body.model_id))
     return _json(msgspec.json.encode(ParkedRun(next_seq_id=next_seq_id)))
+
+
+async def refuse(request: Request) -> Response:
+    """An operation that the server could not make sense of: it takes its place and fails with the server's reason."""
+    body = await read_json(request, RefuseOperation)
+    address = OperationAddress(model_id=body.model_id, seq_id=body.seq_id)
+    reason = Failed(error=body.error, category="user")
+    future = request.state.session.accept(address, digest_of("refuse", body.error.encode()), reason)
+    return _json(msgspec.json.encode({"request_id": future.request_id}))
 
 
 async def _done(future: Future) -> Result:

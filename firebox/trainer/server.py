@@ -92,6 +92,7 @@ def build_app(spec: TrainerSpec) -> Starlette:
             Route("/worker/status", services.status, methods=["GET"]),
             Route("/worker/runs", runs.create, methods=["POST"]),
             Route("/worker/runs/park", runs.park, methods=["POST"]),
+            Route("/worker/runs/refuse", runs.refuse, methods=["POST"]),
         ],
         lifespan=lifespan,
         exception_handlers={

@@ -52,8 +52,13 @@ class Model(Camel):
     create_time: str
     base_model_details: BaseModelDetails
     peft_details: PeftDetails | None = None
+    aliases: list[str] | None = None
     promoted_from: str | None = None
     max_abs_diff: float | None = None
+
+
+class UpdateModel(Camel):
+    aliases: list[str] = Field(max_length=16)
 
 
 class CreateModel(Camel):

@@ -7,6 +7,7 @@
     ├── PermissionDenied     403
     ├── NotFound             404
     ├── AlreadyExists        409   control plane only, never on the data plane
+    ├── Gone                 410   it was there, and was ended for good
     ├── TooLarge             413   a body above the limit it names
     ├── ResourceExhausted    429
     ├── Internal             500   a bug of ours
@@ -65,6 +66,10 @@ class NotFound(FireboxError):
 
 class AlreadyExists(FireboxError):
     code, status, default_reason = 6, 409, "ALREADY_EXISTS"
+
+
+class Gone(FireboxError):
+    code, status, default_reason = 5, 410, "GONE"
 
 
 class TooLarge(FireboxError):

@@ -54,6 +54,13 @@ def decode_forward_backward(body: bytes) -> Request[OperationAddress]:
     return Request(address, operation, message.SerializeToString(deterministic=True))
 
 
+def model_id_of(body: bytes) -> str:
+    """The model id of a ForwardBackwardRequest, without its data; raises InvalidArgument when it is no such message."""
+    if body[:1] == b"\x0a" and len(body) > 1 and body[1] < 0x80:  # as every encoder writes it: the first field
+        return body[2 : 2 + body[1]].decode(errors="replace")
+    return decode_forward_backward(body).address.model_id
+
+
 def encode_output(output: ForwardOutput) -> bytes:
     """The ForwardBackwardOutput message of a finished forward or forward_backward."""
     message = pb.ForwardBackwardOutput(loss_fn_output_type=output.loss_fn_output_type, metrics=output.metrics)

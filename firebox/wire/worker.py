@@ -131,6 +131,24 @@ class ParkedRun(msgspec.Struct, frozen=True, kw_only=True):
     next_seq_id: int
 
 
+class RefuseOperation(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /worker/runs/refuse`: the operation at this place fails with `error`; answers its request id."""
+
+    model_id: str
+    seq_id: int | None
+    error: str
+
+
+class SnapshotRef(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /worker/sample` of a sampler says with this whose weights answer; none stands for the base model's.
+
+    The call takes `{"snapshot": SnapshotRef | null, "request": <a Tinker sample request>}` and answers the result.
+    """
+
+    dir: str
+    identity: str
+
+
 class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     """stdin of the export child: make `out_dir` a Hugging Face (or PEFT) directory from one snapshot.
 

@@ -94,6 +94,7 @@ class TrainerJobs:
                 max_context_length=config.max_context_length or shape.context_length,
                 lora_rank=config.lora_rank,
                 forward_only=bool(row.request.get("forwardOnly")),
+                pooled=row.pooled,
                 dtype=shape.template.dtype,
                 runtime=runtime,
             )

@@ -25,8 +25,10 @@ async def create_deployment(control: Ctx, account: Account, body: CreateDeployme
 
 
 @router.get("")
-async def list_deployments(control: Ctx, account: Account, pageSize: int = 0, pageToken: str = "") -> Json:
-    found = await deployments.listing(control, account)
+async def list_deployments(
+    control: Ctx, account: Account, pageSize: int = 0, pageToken: str = "", pooled: bool = False
+) -> Json:
+    found = await deployments.listing(control, account, pooled=pooled)
     rows, following = page(found, pageSize, pageToken)
     shown = [deployments.show(control, row).wire() for row in rows]
     return {"deployments": shown, "nextPageToken": following, "totalSize": len(found)}

@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from firebox.control.routes.deps import Account, Ctx, Json
 from firebox.control.services import models
 from firebox.control.services.context import page
-from firebox.wire.control import CreateModel
+from firebox.wire.control import CreateModel, UpdateModel
 
 router = APIRouter(prefix="/v1/accounts/{account}/models", tags=["models"])
 
@@ -26,6 +26,11 @@ async def create_model(control: Ctx, account: Account, body: CreateModel) -> Jso
 @router.get("/{model}")
 async def get_model(control: Ctx, account: Account, model: str) -> Json:
     return models.show(await models.get(control, account, model)).wire()
+
+
+@router.patch("/{model}")
+async def update_model(control: Ctx, account: Account, model: str, body: UpdateModel) -> Json:
+    return models.show(await models.set_aliases(control, account, model, body.aliases)).wire()
 
 
 @router.delete("/{model}")

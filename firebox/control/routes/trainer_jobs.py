@@ -21,8 +21,10 @@ async def create_job(
 
 
 @router.get("")
-async def list_jobs(control: Ctx, account: Account, pageSize: int = 0, pageToken: str = "") -> Json:
-    found = await trainer_jobs.listing(control, account)
+async def list_jobs(
+    control: Ctx, account: Account, pageSize: int = 0, pageToken: str = "", pooled: bool = False
+) -> Json:
+    found = await trainer_jobs.listing(control, account, pooled=pooled)
     rows, following = page(found, pageSize, pageToken)
     jobs = [trainer_jobs.show(row).wire() for row in rows]
     return {"rlorTrainerJobs": jobs, "nextPageToken": following, "totalSize": len(found)}

@@ -12,6 +12,7 @@ from firebox.control.changes import Changes
 from firebox.control.database import Database
 from firebox.control.layout import Layout
 from firebox.control.services.fleet import Fleet
+from firebox.control.services.presence import Presence
 from firebox.wire.errors import InvalidArgument, PermissionDenied
 from firebox.wire.names import SHARED_ACCOUNT, resource, split_resource
 from firebox.wire.worker import ReplicaStatus, WorkerAddress
@@ -23,14 +24,17 @@ MAX_PAGE = 200
 
 @dataclass(frozen=True)
 class Control:
-    """`accelerators` are the accelerator types that workers of this host can drive, besides its CPU."""
+    """`accelerators` are the accelerator types that workers of this host can drive, besides its CPU. `ask` posts a body
+    to a path of a worker and returns the answer, and raises httpx.HTTPError when there is none."""
 
     db: Database
     layout: Layout
     templates: Sequence[Template]
     probe: Callable[[WorkerAddress], Awaitable[ReplicaStatus]]
+    ask: Callable[[WorkerAddress, str, bytes], Awaitable[bytes]]
     changes: Changes = field(default_factory=Changes)
     fleet: Fleet = field(default_factory=Fleet)
+    presence: Presence = field(default_factory=Presence)
     accelerators: Sequence[str] = ()
 
     def runs_here(self, template: Template) -> bool:
@@ -59,6 +63,11 @@ def page(items: Sequence[T], size: int, token: str) -> tuple[Sequence[T], str]:
     end = start + (min(size, MAX_PAGE) if size > 0 else MAX_PAGE)
     following = base64.urlsafe_b64encode(str(end).encode()).decode() if end < len(items) else ""
     return items[start:end], following
+
+
+def window(items: Sequence[T], offset: int, limit: int) -> Sequence[T]:
+    """The `limit` items from `offset` on; numbers below 0 count as 0."""
+    return items[max(0, offset) :][: max(0, limit)]
 
 
 def _decode(token: str) -> int:

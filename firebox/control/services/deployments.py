@@ -36,7 +36,9 @@ LIVE: Final = frozenset({CREATING, READY, UPDATING})
 MAX_REPLICAS: Final = 8
 
 
-async def create(control: Control, account: str, request: CreateDeployment, ident: str) -> DeploymentRow:
+async def create(
+    control: Control, account: str, request: CreateDeployment, ident: str, *, pooled: bool = False
+) -> DeploymentRow:
     """Add a deployment in CREATING; raises InvalidArgument, NotFound or AlreadyExists."""
     check_id("deploymentId", ident)
     for field, value in (("extraArgs", request.extra_args), ("extraValues", request.extra_values)):
@@ -49,7 +51,9 @@ async def create(control: Control, account: str, request: CreateDeployment, iden
     _check_replicas(request.min_replica_count, request.max_replica_count)
     shape = await _choose(control, account, request, model)
     request.deployment_shape = request.deployment_shape or shape.version_name
-    row = DeploymentRow(account=account, id=ident, state=CREATING, request=request.wire(), generation=1, workers=[])
+    row = DeploymentRow(
+        account=account, id=ident, state=CREATING, request=request.wire(), generation=1, workers=[], pooled=pooled
+    )
 
     def work(session: Session) -> None:
         if session.get(DeploymentRow, (account, ident)) is not None:
@@ -77,8 +81,13 @@ async def by_name(control: Control, name: str) -> DeploymentRow | None:
     return await find(control, *split_resource(name, DeploymentRow.collection))
 
 
-async def listing(control: Control, account: str) -> Sequence[DeploymentRow]:
-    query = select(DeploymentRow).where(DeploymentRow.account == account).order_by(DeploymentRow.create_time.desc())
+async def listing(control: Control, account: str, *, pooled: bool = False) -> Sequence[DeploymentRow]:
+    """The account's deployments, newest first; or, instead, the pooled ones."""
+    query = (
+        select(DeploymentRow)
+        .where(DeploymentRow.account == account, DeploymentRow.pooled.is_(pooled))
+        .order_by(DeploymentRow.create_time.desc())
+    )
     return await control.db.run(lambda session: session.scalars(query).all())
 
 

@@ -21,9 +21,10 @@ from firebox.control.tables.models import ModelRow
 from firebox.control.tables.trainer_jobs import TrainerJobRow
 from firebox.wire.control import BaseModelDetails, CreateModel, Model, PeftDetails
 from firebox.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
-from firebox.wire.names import check_model_id
+from firebox.wire.names import SHARED_ACCOUNT, check_model_id, resource
 
 _STAGED = re.compile(r"[0-9a-f]{32}")
+_ALIAS = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _ENDED = ("JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_COMPLETED", "JOB_STATE_DELETED", "FAILED")
 
 
@@ -40,6 +41,38 @@ async def get(control: Control, account: str, ident: str) -> ModelRow:
         known = ", ".join(model.id for model in await listing(control, account)) or "none yet"
         raise NotFound(f"model {ident!r} is not registered; known models: {known}. Add one: firebox models add")
     return row
+
+
+async def resolve(control: Control, account: str, name: str, *, field: str) -> ModelRow:
+    """The model that a client calls `name`: by its id, its resource name or an alias; raises NotFound."""
+    rows = await listing(control, account)
+    for row in rows:
+        if name in (row.id, row.name, resource(SHARED_ACCOUNT, "models", row.id), *row.facts.get("aliases", ())):
+            return row
+    known = ", ".join(other for row in rows for other in (row.id, *row.facts.get("aliases", ()))) or "none yet"
+    raise NotFound(
+        f"{field}: no registered model is called {name!r}; known names: {known}. "
+        "firebox models alias lets a model answer to another name"
+    )
+
+
+async def set_aliases(control: Control, account: str, ident: str, aliases: Sequence[str]) -> ModelRow:
+    """The other names that the model answers to from now on; raises AlreadyExists when one is taken."""
+    for alias in aliases:
+        if not _ALIAS.fullmatch(alias):
+            raise InvalidArgument(f"aliases: {alias!r} is not a hub name; expected <organization>/<model>")
+    row = await get(control, account, ident)
+    for other in await listing(control, account):
+        taken = set(aliases) & set(other.facts.get("aliases", ()))
+        if other.id != ident and taken:
+            raise AlreadyExists(f"aliases: {min(taken)!r} is an alias of {other.id!r}; take it away there first")
+
+    def work(session: Session) -> ModelRow:
+        stored = session.get_one(ModelRow, (account, ident))
+        stored.facts = row.facts | {"aliases": list(aliases)}
+        return stored
+
+    return await control.db.run(work)
 
 
 async def create(control: Control, account: str, request: CreateModel) -> ModelRow:
@@ -98,6 +131,7 @@ def show(row: ModelRow) -> Model:
             model_type=facts["model_type"], parameter_count=str(facts["parameter_count"]), moe=facts["moe"]
         ),
         peft_details=peft,
+        aliases=facts.get("aliases") or None,
         promoted_from=facts.get("promoted_from"),
         max_abs_diff=facts.get("max_abs_diff"),
     )

@@ -38,7 +38,9 @@ ALIVE: Final = frozenset({CREATING, RUNNING, CANCELLING})
 _UNAVAILABLE: Final = Unavailable.code
 
 
-async def create(control: Control, account: str, request: CreateTrainerJob, ident: str, shape: str) -> TrainerJobRow:
+async def create(
+    control: Control, account: str, request: CreateTrainerJob, ident: str, shape: str, *, pooled: bool = False
+) -> TrainerJobRow:
     """Add a job in CREATING. `shape` is a shape or version name, or empty to have one selected.
 
     Raises InvalidArgument for what this server cannot do, NotFound for an unknown model or shape and AlreadyExists
@@ -62,7 +64,12 @@ async def create(control: Control, account: str, request: CreateTrainerJob, iden
     config.max_context_length = config.max_context_length or chosen.context_length
     request.forward_only = request.forward_only or chosen.mode == "FORWARD_ONLY"
     row = TrainerJobRow(
-        account=account, id=ident, state=CREATING, request=request.wire(), training_shape=chosen.version_name
+        account=account,
+        id=ident,
+        state=CREATING,
+        request=request.wire(),
+        training_shape=chosen.version_name,
+        pooled=pooled,
     )
 
     def work(session: Session) -> None:
@@ -75,8 +82,12 @@ async def create(control: Control, account: str, request: CreateTrainerJob, iden
     return row
 
 
+async def find(control: Control, account: str, ident: str) -> TrainerJobRow | None:
+    return await control.db.run(lambda session: session.get(TrainerJobRow, (account, ident)))
+
+
 async def get(control: Control, account: str, ident: str) -> TrainerJobRow:
-    row = await control.db.run(lambda session: session.get(TrainerJobRow, (account, ident)))
+    row = await find(control, account, ident)
     if row is None:
         raise NotFound(f"trainer job {ident!r} does not exist in account {account!r}; see firebox jobs")
     return row
@@ -86,11 +97,11 @@ async def by_name(control: Control, name: str) -> TrainerJobRow:
     return await get(control, *split_resource(name, TrainerJobRow.collection))
 
 
-async def listing(control: Control, account: str) -> Sequence[TrainerJobRow]:
-    """The account's jobs, newest first, tombstones left out."""
+async def listing(control: Control, account: str, *, pooled: bool = False) -> Sequence[TrainerJobRow]:
+    """The account's jobs, newest first, tombstones left out; or, instead, the pooled ones."""
     query = (
         select(TrainerJobRow)
-        .where(TrainerJobRow.account == account, TrainerJobRow.state != DELETED)
+        .where(TrainerJobRow.account == account, TrainerJobRow.state != DELETED, TrainerJobRow.pooled.is_(pooled))
         .order_by(TrainerJobRow.create_time.desc())
     )
     return await control.db.run(lambda session: session.scalars(query).all())
@@ -117,6 +128,8 @@ async def cancel(control: Control, account: str, ident: str) -> TrainerJobRow:
 async def delete(control: Control, account: str, ident: str) -> TrainerJobRow:
     """Stop the job for good; deleting it twice is no error. Its checkpoints stay."""
     row = await get(control, account, ident)
+    if row.pooled:
+        raise FailedPrecondition(f"trainer job {ident!r} is the server's own; cancel it to stop it")
     if row.state not in (DELETING, DELETED):
         row = await _request(control, row, ALIVE | RESUMABLE, DELETING, "deleted")
     return row

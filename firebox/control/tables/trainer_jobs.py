@@ -10,7 +10,8 @@ from firebox.control.tables.base import Base, Resource
 
 
 class TrainerJobRow(Resource, Base):
-    """`request` is the create body with names made canonical; `worker` the process that serves it, if any."""
+    """`request` is the create body with names made canonical; `worker` the process that serves it, if any. A `pooled`
+    job is the server's own and holds the training runs of one base model."""
 
     __tablename__ = "trainer_jobs"
     collection = "rlorTrainerJobs"
@@ -18,4 +19,5 @@ class TrainerJobRow(Resource, Base):
     status_message: Mapped[str] = mapped_column(default="")
     request: Mapped[dict[str, Any]]
     training_shape: Mapped[str]
+    pooled: Mapped[bool] = mapped_column(default=False)
     worker: Mapped[str | None] = mapped_column(default=None)

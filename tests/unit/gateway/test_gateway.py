@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
@@ -22,10 +23,12 @@ from firebox.gateway import guard
 from firebox.gateway.app import build_app
 from firebox.gateway.guard import allowed_hosts
 from firebox.gateway.proxy import LookUps
+from firebox.gateway.tinker import RootCalls
 from firebox.wire.errors import FailedPrecondition, NotFound
 from firebox.wire.worker import WORKER_TOKEN_HEADER, WorkerAddress
 
 KEY = "fb_right"
+OTHER_CALLS = [field.name for field in dataclasses.fields(RootCalls) if field.name != "trainer"]
 WORKER = "/training/v1/rlorTrainerJobs/local/job"
 
 
@@ -101,6 +104,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     app = build_app(
         control,
         LookUps(trainer, sampler),
+        RootCalls(trainer=trainer, **dict.fromkeys(OTHER_CALLS, trainer)),
         lambda key: "local" if key == KEY else None,
         allowed_hosts("127.0.0.1"),
         life,

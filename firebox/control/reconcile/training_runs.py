@@ -1,0 +1,97 @@
+"""Parks the training runs of sessions that fell silent, and stops the pools that nobody uses.
+
+Sleeps until the first of them may be idle; nothing is polled. Invariant: a pooled trainer is stopped only when it holds
+no run, so a stop loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from firebox.control.services import pools, run_checkpoints, trainer_jobs, training_runs
+from firebox.control.services.context import Control
+from firebox.control.services.presence import Place
+from firebox.control.tables.deployments import DeploymentRow
+from firebox.control.tables.sessions import SessionRow
+from firebox.control.tables.trainer_jobs import TrainerJobRow
+from firebox.wire.errors import FireboxError
+from firebox.wire.names import resource
+
+log = logging.getLogger(__name__)
+
+
+class TrainingRuns:
+    """`idle_s` is how long a session may be silent, and a pool unused."""
+
+    def __init__(self, control: Control, idle_s: float) -> None:
+        self._control = control
+        self._idle_s = idle_s
+        self._task: asyncio.Task[None] | None = None
+
+    async def recover(self) -> None:
+        """Find the runs that workers of an earlier server still hold; their sessions count as heard of now."""
+        control = self._control
+        for row in await training_runs.loaded(control):
+            job = await trainer_jobs.find(control, row.account, row.job)
+            address = control.fleet.pick(job.name) if job is not None else None
+            if job is not None and address is not None and job.worker is not None and job.worker == row.worker:
+                control.presence.load(row.name, Place(job.id, job.name, job.worker, address))
+                control.presence.touch(job.name)
+                control.presence.touch(resource(row.account, SessionRow.collection, row.session))
+        self._task = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _watch(self) -> None:
+        presence = self._control.presence
+        while True:
+            left = presence.first_idle_in(self._idle_s)
+            if left is None:
+                presence.grown.clear()
+                await presence.grown.wait()
+                continue
+            await asyncio.sleep(left)
+            for name in presence.idle_names(self._idle_s):
+                presence.forget(name)
+                try:
+                    await self._idle(name)
+                except Exception as error:  # noqa: BLE001 - one session's trouble must not keep the others in memory
+                    _report(name, error)
+
+    async def _idle(self, name: str) -> None:
+        _, account, collection, ident = name.split("/", 3)
+        if collection == SessionRow.collection:
+            for row in await training_runs.listing(self._control, account, ident):
+                if row.state == training_runs.LOADED:
+                    await self._park(account, row.id)
+        elif collection == DeploymentRow.collection:
+            await pools.stop_sampler(self._control, account, ident)
+        elif collection == TrainerJobRow.collection:
+            await self._stop_trainer(account, ident, name)
+
+    async def _park(self, account: str, run: str) -> None:
+        try:
+            await training_runs.park(self._control, account, run)
+            log.info("training run %s is parked", run)
+        except FireboxError as error:
+            log.warning("training run %s could not be parked: %s", run, error.message)
+
+    async def _stop_trainer(self, account: str, ident: str, name: str) -> None:
+        async with self._control.presence.lock(name):
+            if self._control.presence.loaded_in(name):
+                self._control.presence.touch(name)  # its sessions live, they merely did not ask for anything
+                return
+            row = await trainer_jobs.get(self._control, account, ident)
+            if row.state == trainer_jobs.RUNNING:
+                await trainer_jobs.cancel(self._control, account, ident)
+        await run_checkpoints.listing(self._control, account)  # removes what is over
+
+
+def _report(name: str, error: Exception) -> None:
+    log.error("%s is idle and could not be put away", name, exc_info=error)

@@ -1,0 +1,164 @@
+"""Checkpoints of training runs: what lies in the pooled job's folder, with what clients said about it.
+
+Invariant: only a committed directory is ever listed or loaded, and one whose time to live is over is neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from firebox.control.services.context import Control
+from firebox.control.tables.run_checkpoints import RunCheckpointRow
+from firebox.control.tables.training_runs import TrainingRunRow
+from firebox.weights import manifest as manifests
+from firebox.weights.manifest import Manifest
+from firebox.wire import tinker
+from firebox.wire.errors import FireboxError, NotFound
+from firebox.wire.tinker import CheckpointPath, CheckpointType, RunCheckpoint, SaveBody
+
+_FOLDERS: Final[dict[CheckpointType, str]] = {"training": "checkpoints", "sampler": "snapshots"}
+_SAID: Final = "SAID"
+
+log = logging.getLogger(__name__)
+
+
+async def announce(control: Control, account: str, path: CheckpointPath, request: SaveBody) -> None:
+    """Keep what the client says about a checkpoint it is about to save, unless that is there already."""
+    directory = await _directory(control, account, path)
+    row = RunCheckpointRow(
+        account=account,
+        id=path.path,
+        state=_SAID,
+        run=path.run,
+        expires_at=_expiry(request.ttl_seconds),
+        user_metadata=request.user_metadata,
+    )
+    if not directory.exists():
+        await control.db.run(lambda session: session.merge(row))
+
+
+async def locate(control: Control, account: str, path: CheckpointPath) -> Path:
+    """The directory of a checkpoint; raises NotFound naming those the run has."""
+    directory = await _directory(control, account, path)
+    if (directory / manifests.MANIFEST_NAME).exists():
+        said = await control.db.run(lambda session: session.get(RunCheckpointRow, (account, path.path)))
+        if said is None or not _is_over(said):
+            return directory
+    known = [found.tinker_path for found in await listing(control, account, path.run)]
+    raise NotFound(f"{path.path!r} does not exist; checkpoints of this run: {', '.join(known[-10:]) or 'none'}")
+
+
+async def listing(control: Control, account: str, run: str | None = None) -> list[RunCheckpoint]:
+    """What a run, or every run of the account, has saved, oldest first; what is over is removed instead."""
+
+    def work(session: Session) -> tuple[Sequence[TrainingRunRow], dict[str, RunCheckpointRow]]:
+        runs = select(TrainingRunRow).where(TrainingRunRow.account == account)
+        said = select(RunCheckpointRow).where(RunCheckpointRow.account == account)
+        if run is not None:
+            runs, said = runs.where(TrainingRunRow.id == run), said.where(RunCheckpointRow.run == run)
+        return session.scalars(runs).all(), {row.id: row for row in session.scalars(said)}
+
+    runs, said = await control.db.run(work)
+    for row in [row for row in said.values() if _is_over(row)]:
+        await delete(control, account, tinker.parse_path(row.id, field="path"))
+    jobs = {control.layout.job(account, row.job) for row in runs}
+    known = {row.id for row in runs}
+    return await asyncio.to_thread(lambda: [c for job in jobs for c in _scan(job, known, said)])
+
+
+async def delete(control: Control, account: str, path: CheckpointPath) -> None:
+    """Remove a checkpoint; one that is in use by a sampler stays usable there until that one needs its files again."""
+    directory = await _directory(control, account, path)
+    if not directory.exists():
+        await locate(control, account, path)
+    # Renamed first, so that nobody finds half of it.
+    grave = control.layout.staging / f"{path.artifact}.deleted"
+    await asyncio.to_thread(_bury, directory, grave)
+    await control.db.run(lambda session: _forget(session, account, path))
+
+
+async def set_ttl(control: Control, account: str, path: CheckpointPath, ttl_seconds: int | None) -> None:
+    """Have the checkpoint end in `ttl_seconds` from now, or never."""
+    await locate(control, account, path)
+
+    def work(session: Session) -> None:
+        row = session.get(RunCheckpointRow, (account, path.path))
+        if row is None:
+            row = RunCheckpointRow(account=account, id=path.path, state=_SAID, run=path.run)
+            session.add(row)
+        row.expires_at = _expiry(ttl_seconds)
+
+    await control.db.run(work)
+
+
+async def _directory(control: Control, account: str, path: CheckpointPath) -> Path:
+    row = await control.db.run(lambda session: session.get(TrainingRunRow, (account, path.run)))
+    if row is None:
+        raise NotFound(f"{path.path!r}: training run {path.run!r} does not exist in account {account!r}")
+    return control.layout.job(account, row.job) / _FOLDERS[path.type] / path.artifact
+
+
+def _scan(job: Path, runs: set[str], said: dict[str, RunCheckpointRow]) -> list[RunCheckpoint]:
+    found = []
+    for kind, folder in _FOLDERS.items():
+        for directory in (job / folder).iterdir() if (job / folder).is_dir() else ():
+            path = None if directory.name.startswith(".") else tinker.of_artifact(directory.name, kind)
+            if path is not None and path.run in runs and not tinker.is_own(path):
+                found += [_show(path, manifest, said.get(path.path)) for manifest in _manifest(directory, kind)]
+    return sorted(found, key=lambda checkpoint: checkpoint.time)
+
+
+def _manifest(directory: Path, kind: CheckpointType) -> Iterator[Manifest]:
+    """The manifest, or nothing where there is none; a damaged one is logged and left out."""
+    read = manifests.read_checkpoint if kind == "training" else manifests.read_snapshot
+    try:
+        manifest = read(directory)
+    except FireboxError as error:
+        log.warning("left out of the listing: %s", error.message)
+        return
+    if manifest is not None:
+        yield manifest
+
+
+def _show(path: CheckpointPath, manifest: Manifest, said: RunCheckpointRow | None) -> RunCheckpoint:
+    return RunCheckpoint(
+        checkpoint_id=path.id,
+        checkpoint_type=path.type,
+        time=datetime.fromisoformat(manifest.created_at),
+        tinker_path=path.path,
+        size_bytes=sum(file.size for file in manifest.files),
+        user_metadata=said.user_metadata if said else None,
+        expires_at=datetime.fromisoformat(said.expires_at) if said and said.expires_at else None,
+    )
+
+
+def _expiry(ttl_seconds: int | None) -> str | None:
+    if ttl_seconds is None:
+        return None
+    return (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat().replace("+00:00", "Z")
+
+
+def _is_over(row: RunCheckpointRow) -> bool:
+    return row.expires_at is not None and datetime.fromisoformat(row.expires_at) <= datetime.now(UTC)
+
+
+def _bury(directory: Path, grave: Path) -> None:
+    shutil.rmtree(grave, ignore_errors=True)
+    if directory.exists():
+        directory.rename(grave)
+        shutil.rmtree(grave)
+
+
+def _forget(session: Session, account: str, path: CheckpointPath) -> None:
+    row = session.get(RunCheckpointRow, (account, path.path))
+    if row is not None:
+        session.delete(row)
