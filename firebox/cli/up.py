@@ -31,6 +31,7 @@ from firebox.gateway.app import build_app
 from firebox.gateway.guard import allowed_hosts
 from firebox.gateway.proxy import LookUps
 from firebox.gateway.tinker import RootCalls
+from firebox.launch.host import KEEP_ALIVE_S
 from firebox.launch.lease import ServerLock
 from firebox.launch.local import LocalLauncher
 from firebox.wire.control import CreateModel
@@ -84,7 +85,13 @@ async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs:
         allowed_hosts(host),
         life,
     )
-    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=_SHUTDOWN_S)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="on",
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
     await uvicorn.Server(config).serve(sockets=[listener])
 
 

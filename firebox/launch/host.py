@@ -31,6 +31,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+KEEP_ALIVE_S: Final = 120
+"""How long a server keeps an idle connection. Longer than any client here does: who closes first must be the one who
+sends next, or a request meets a connection that is just being closed."""
+
 _GRACE_S: Final = 3
 _EXIT_WITHIN_S: Final = 5.0
 _BACKLOG: Final = 1024
@@ -60,7 +64,15 @@ class _Server(uvicorn.Server):
     """uvicorn that reports readiness once it listens, and ends for certain once asked to."""
 
     def __init__(self, app: App, ready: Callable[[], None]) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_S, lifespan="on"))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                lifespan="on",
+                timeout_graceful_shutdown=_GRACE_S,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -22,7 +22,7 @@ from firebox.launch.lease import ServerLock
 from firebox.launch.local import LocalLauncher, LocalWorker
 from firebox.launch.probe import ask
 from firebox.wire.errors import FailedPrecondition, Internal, Unavailable
-from firebox.wire.worker import TrainerSpec, WorkerRuntime
+from firebox.wire.worker import WORKER_TOKEN_HEADER, TrainerSpec, WorkerRuntime
 
 WORKER = [sys.executable, str(Path(__file__).with_name("worker_app.py"))]
 
@@ -80,6 +80,29 @@ def test_worker_serves_its_token_only_and_leaves_nothing_behind(tmp_path: Path, 
         assert worker.ended is not None
         assert list(run.iterdir()) == []
         assert "worker is starting" in (tmp_path / "log").read_text()
+
+    asyncio.run(scenario())
+
+
+def test_idle_connection_stays_open(tmp_path: Path, lock: ServerLock) -> None:
+    """Clients keep a connection for 5 s or so; a worker that closed first would meet their next request half way."""
+
+    async def scenario() -> None:
+        launcher, wanted = launched(tmp_path)
+        changed = asyncio.Event()
+        worker = await launcher.start(wanted, changed.set)
+        await until(changed, lambda: worker.ready)
+        reader, writer = await asyncio.open_unix_connection(worker.address.socket)
+        request = (
+            f"GET /api/v1/healthz HTTP/1.1\r\nHost: worker\r\n{WORKER_TOKEN_HEADER}: {worker.address.token}\r\n\r\n"
+        )
+        for pause_s in (6, 0):
+            writer.write(request.encode())
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            await reader.read(100)
+            await asyncio.sleep(pause_s)
+        writer.close()
+        await launcher.close()
 
     asyncio.run(scenario())
 
