@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from starlette.requests import Request
@@ -20,12 +20,16 @@ from firebox.trainer.bodies import decoded, read_json
 from firebox.trainer.checkpoint import list_checkpoints as saved_checkpoints
 from firebox.trainer.session import Session
 from firebox.wire.client_config import client_config
-from firebox.wire.errors import NotFound
+from firebox.wire.errors import InvalidArgument, NotFound
 from firebox.wire.training import OperationAddress
 from firebox.wire.training_json import decode_address
 from firebox.wire.worker import TrainerSpec
 
 Handler = Callable[[Request], Awaitable[Response]]
+
+
+_MAX_TEXT: Final = 2**20
+"""Characters; this many take one to two seconds."""
 
 
 class _ConfigBody(msgspec.Struct):
@@ -102,7 +106,10 @@ async def encode_text(request: Request) -> Response:
     text = (await read_json(request, _TextBody)).text
     if tokenizer is None:
         raise NotFound("the base model has no tokenizer.json; encode the text on the client")
-    return JSONResponse({"tokens": tokenizer.encode(text).ids})
+    if len(text) > _MAX_TEXT:
+        raise InvalidArgument(f"text: {len(text)} characters are more than {_MAX_TEXT}; send shorter pieces")
+    encoding = await asyncio.to_thread(tokenizer.encode, text)
+    return JSONResponse({"tokens": encoding.ids})
 
 
 async def status(request: Request) -> Response:

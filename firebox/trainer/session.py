@@ -35,6 +35,8 @@ from firebox.wire.training import (
 )
 
 _KEEP_RESULT_S: Final = 600.0
+_MAX_EARLY: Final = 2048
+"""How far ahead of its turn a request may come: what waits is kept, and the journal must still know all of it."""
 
 Submit = Callable[[Command, Callable[[Result], None]], None]
 
@@ -167,6 +169,9 @@ class Session:
             return first or self._failed(NotFound(f"seq_id: the result of {seq_id} expired"))
         if seq_id < sequence.next:
             return self._failed(InvalidArgument(f"seq_id: {seq_id} is past; the next is {sequence.next}"))
+        if seq_id > sequence.next + _MAX_EARLY:
+            told = f"seq_id: {seq_id} is more than {_MAX_EARLY} ahead; the next is {sequence.next}"
+            return self._failed(InvalidArgument(f"{told}; send operations in their order, without gaps"))
         future = self._new_future()
         sequence.journal.record(seq_id, Entry(future.request_id, digest))
         sequence.early[seq_id] = (operation, future)

@@ -108,6 +108,19 @@ def test_a_gap_waits_and_a_bad_operation_fills_it():
     run(test)
 
 
+def test_a_place_out_of_all_reach_is_refused_and_not_kept():
+    async def test(notes: Notes) -> None:
+        model_id = await notes.model()
+        for far in (10**5, 2**70):
+            failed = await notes.session.wait(notes.step(model_id, far), 1)
+            assert isinstance(failed, Failed)
+            assert "the next is 1" in failed.error
+        assert notes.session.num_pending == 0
+        assert isinstance(await notes.session.wait(notes.step(model_id, 1), 1), OptimStepOutput)
+
+    run(test)
+
+
 def test_a_waiter_is_woken_long_before_its_hold_ends():
     async def test(notes: Notes) -> None:
         model_id = await notes.model()
