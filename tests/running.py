@@ -24,14 +24,15 @@ START_WITHIN_S = 60
 class RunningServer:
     """`firebox up` on one data directory; it can be stopped, killed and started again."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *options: str) -> None:
         self.data = data
+        self.options = options
         self.log = data.parent / f"{data.name}.log"
         self.start()
 
     def start(self) -> None:
         (self.data / "server.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "firebox", "up", "--port", "0", "--data-dir", str(self.data)]
+        command = [sys.executable, "-m", "firebox", "up", "--port", "0", "--data-dir", str(self.data), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + START_WITHIN_S
@@ -75,9 +76,9 @@ class RunningServer:
 
 
 @contextmanager
-def running(folder: Path) -> Iterator[RunningServer]:
-    """A server with the model `tiny`. At the end it is stopped, and must leave no worker behind."""
-    server = RunningServer(folder / "data")
+def running(folder: Path, *options: str) -> Iterator[RunningServer]:
+    """A server with the model `tiny`, with `options`. At the end it is stopped, and must leave no worker behind."""
+    server = RunningServer(folder / "data", *options)
     try:
         server.command("models", "make-tiny", "tiny")
         yield server

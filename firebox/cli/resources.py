@@ -24,7 +24,12 @@ models_app = typer.Typer(help="Add, make and list models.", no_args_is_help=True
 def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
     """What the server runs. Example: firebox status --json"""
     client = _client(data_dir)
-    running = client.every("rlorTrainerJobs", "rlorTrainerJobs") + client.every("deployments", "deployments")
+    running = [
+        row
+        for collection in ("rlorTrainerJobs", "deployments")
+        for pooled in ("false", "true")
+        for row in client.every(collection, collection, pooled=pooled)
+    ]
     if not as_json:
         place = f", data in {client.layout.root}" if client.is_local else ""
         print(f"{client.url}, account {client.account}{place}")
@@ -62,10 +67,21 @@ def make_tiny_model(
     _register(client, name, staged)
 
 
+@models_app.command("alias")
+def alias_model(
+    name: Annotated[str, typer.Argument(help="Id of the model.")],
+    hub_names: Annotated[list[str], typer.Argument(help="Every other name it is to answer to, such as Qwen/Qwen3-8B.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+) -> None:
+    """Let a model answer to hub names. Example: firebox models alias qwen3-8b-base Qwen/Qwen3-8B-Base"""
+    model = _client(data_dir).own("PATCH", f"models/{name}", json={"aliases": hub_names})
+    print(f"{model['name']} answers to {', '.join(model['aliases'])}")
+
+
 @models_app.command("list")
 def list_models(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
     """Registered models. Example: firebox models list"""
-    columns = {"model": "name", "kind": "kind", "context": "contextLength", "made": "createTime"}
+    columns = {"model": "name", "kind": "kind", "context": "contextLength", "aliases": "aliases", "made": "createTime"}
     _show(_client(data_dir).every("models", "models"), columns, as_json)
 
 
@@ -144,8 +160,12 @@ def _show(rows: Rows, columns: Mapping[str, str], as_json: bool) -> None:
     for number, heading in enumerate(columns):
         table.add_column(heading, overflow="fold", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*(_short(str(row.get(field, ""))) for field in columns.values()))
+        table.add_row(*(_cell(row.get(field, "")) for field in columns.values()))
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else _short(str(value))
 
 
 def _short(value: str) -> str:

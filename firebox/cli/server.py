@@ -19,7 +19,7 @@ def up(
         typer.Option(help="Register this model directory at start, under its folder's name. May be repeated."),
     ] = None,
     idle_minutes: Annotated[
-        float, typer.Option(help="Put away Tinker sessions and their workers after this silence.", min=0.1)
+        float, typer.Option(help="Put away Tinker sessions and their workers after this silence.", min=0.01)
     ] = 10.0,
 ) -> None:
     """Start the server.
