@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 STRICT := firebox/wire firebox/control firebox/gateway training
 
-.PHONY: demo test check prove up bench clean help
+.PHONY: demo test check prove up bench compat clean help
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -45,6 +45,9 @@ up: $(READY)  ## start the server
 
 bench: $(READY)  ## ratios against peers, side by side
 	$(BIN)/python -m benchmarks
+
+compat: $(READY)  ## genuine clients of several generations; writes docs/reference/compat.md
+	$(BIN)/python tests/compat
 
 clean:  ## remove the environment and caches, not your data
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
