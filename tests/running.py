@@ -32,9 +32,8 @@ class RunningServer:
 
     def start(self) -> None:
         (self.data / "server.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "firebox", "up", "--port", "0", "--data-dir", str(self.data), *self.options]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command_line, stdout=log, stderr=log)
         deadline = time.monotonic() + START_WITHIN_S
         while not (self.data / "server.json").exists():
             assert self.process.poll() is None, self.log.read_text()
@@ -42,6 +41,10 @@ class RunningServer:
             time.sleep(0.05)
         self.url: str = json.loads((self.data / "server.json").read_text())["url"]
         self.key = (self.data / "api_key").read_text().strip()
+
+    @property
+    def command_line(self) -> list[str]:
+        return [sys.executable, "-m", "firebox", "up", "--port", "0", "--data-dir", str(self.data), *self.options]
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
