@@ -17,11 +17,11 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 class ChaosProxy:
     """Cuts a connection with probability `cut_rate` at every read, and holds what it read for up to `delay_s`."""
 
-    def __init__(self, upstream: str, cut_rate: float, delay_s: float) -> None:
+    def __init__(self, upstream: str, cut_rate: float, delay_s: float, seed: int) -> None:
         address = urlsplit(upstream)
         self._upstream = (address.hostname, address.port)
         self._cut_rate, self._delay_s = cut_rate, delay_s
-        self._random = random.Random(0)
+        self._random = random.Random(seed)
         self.num_cut = 0
 
     async def serve(self, connected: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
@@ -51,9 +51,9 @@ class ChaosProxy:
 
 
 @contextlib.contextmanager
-def chaos(upstream: str, *, cut_rate: float = 0.0, delay_s: float = 0.0) -> Iterator[tuple[str, ChaosProxy]]:
+def chaos(upstream: str, *, cut_rate: float = 0.0, delay_s: float = 0.0, seed: int) -> Iterator[tuple[str, ChaosProxy]]:
     """Run a proxy inside the block; yields its URL and itself."""
-    proxy = ChaosProxy(upstream, cut_rate, delay_s)
+    proxy = ChaosProxy(upstream, cut_rate, delay_s, seed)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="chaos")
     thread.start()

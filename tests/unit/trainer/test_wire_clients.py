@@ -15,6 +15,7 @@ import torch
 from chaos_proxy import chaos
 from fireworks.training.sdk import types as fireworks_types
 from fireworks.training.sdk.client import FiretitanServiceClient
+from proofs import Record, count
 from trainer_harness import BASE_MODEL, serving, trainer_spec
 
 RANK = 16  # where both clients mean the same scale: one sends alpha 32, the other leaves it out
@@ -143,21 +144,28 @@ def test_mistakes_fail_their_future_and_training_goes_on(lora_url):
         assert numbers(client.forward([good], "cross_entropy").result()) == before
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("sdk", CLIENTS)
-def test_cut_connections_change_no_number(sdk, lora_url):
+def test_cut_connections_change_no_number(sdk, lora_url, record: Record):
     connect, types = CLIENTS[sdk]
     with connect(lora_url) as client:
         calm = life(client, types, 3, f"calm-{sdk}")
-    with chaos(lora_url, cut_rate=0.05) as (url, proxy), connect(url) as client:
-        assert life(client, types, 3, f"cut-{sdk}") == calm
-        assert proxy.num_cut > 0
+    num_cut = 0
+    for i in range(count(1, 20)):
+        with chaos(lora_url, cut_rate=0.05, seed=i) as (url, proxy), connect(url) as client:
+            assert life(client, types, 3, f"cut-{sdk}-{i}") == calm
+        num_cut += proxy.num_cut
+    record("connections cut", num_cut)
+    assert num_cut > 0
 
 
+@pytest.mark.prove
 @pytest.mark.parametrize("sdk", CLIENTS)
 def test_chunks_in_any_order_change_no_number(sdk, lora_url):
     connect, types = CLIENTS[sdk]
     data = datums(types, 2060, length=2)  # clients send 1024 in a request, all at once: three of them
     with connect(lora_url) as client:
         calm = numbers(client.forward_backward(data, "importance_sampling").result())
-    with chaos(lora_url, delay_s=0.2) as (url, _), connect(url) as client:
-        assert numbers(client.forward_backward(data, "importance_sampling").result()) == calm
+    for i in range(count(1, 10)):
+        with chaos(lora_url, delay_s=0.2, seed=i) as (url, _), connect(url) as client:
+            assert numbers(client.forward_backward(data, "importance_sampling").result()) == calm

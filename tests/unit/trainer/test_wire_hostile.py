@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -12,9 +11,10 @@ import httpx
 import psutil
 import pytest
 from hostile_requests import Maker
+from proofs import Record, count
 from trainer_harness import serving, trainer_spec
 
-COUNT = 10_000 if os.environ.get("FIREBOX_PROVE") == "1" else 300
+COUNT = count(300, 10_000)
 MAX_ANSWER_S = 5.0
 MAX_GROWTH = 64 * 2**20
 """Failed futures stay readable for minutes and hold their message: a few KiB each."""
@@ -23,7 +23,8 @@ MAX_GROWTH = 64 * 2**20
 class Plane:
     """Raw calls to one LoRA trainer with a model for hostile requests and one for good ones."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, process: psutil.Process) -> None:
+        self.process = process
         self.http = httpx.Client(base_url=f"{url}/api/v1/", timeout=40)
         self.session_id = self.post("create_session", {"tags": []})["session_id"]
         self.victim, self.good = self.create(0), self.create(10)
@@ -59,19 +60,20 @@ class Plane:
 
 @pytest.fixture
 def plane(tiny_dir: Path, tmp_path: Path) -> Iterator[Plane]:
+    others = psutil.Process().children()
     with serving(trainer_spec(tiny_dir, tmp_path, lora_rank=2)) as url:
-        yield Plane(url)
+        [process] = [child for child in psutil.Process().children() if child not in others]
+        yield Plane(url, process)
 
 
 @pytest.mark.prove
-def test_hostile_requests_are_answered_soon_and_change_nothing(plane: Plane) -> None:
-    [process] = psutil.Process().children()
+def test_hostile_requests_are_answered_soon_and_change_nothing(plane: Plane, record: Record) -> None:
     maker = Maker(plane.victim, plane.session_id, seed=COUNT)
     before, seq_id, statuses = plane.forward(1), 1, Counter[int]()
     memory = 0
     for i in range(COUNT):
         if i == COUNT // 5:
-            memory = process.memory_info().rss
+            memory = plane.process.memory_info().rss
         hostile = maker.make(seq_id)
         answer = plane.timed(hostile.method, hostile.path, headers=hostile.headers, content=hostile.body)
         told = f"{hostile.method} {hostile.path[:60]} {hostile.body[:300]!r}: {answer.status_code} {answer.text[:300]}"
@@ -83,10 +85,11 @@ def test_hostile_requests_are_answered_soon_and_change_nothing(plane: Plane) -> 
             seq_id += 1
             result = plane.timed("POST", "retrieve_future", json=answer.json()).json()
             assert result.get("category") in (None, "user"), f"{told} {result}"
-    grown = process.memory_info().rss - memory
-    print(
-        f"{COUNT} requests, statuses {dict(statuses)}, slowest {plane.slowest:.2f} s, grown by {grown / 2**20:.1f} MiB"
-    )
+    grown = plane.process.memory_info().rss - memory
+    record("requests", COUNT)
+    record("answers by status", {str(status): number for status, number in sorted(statuses.items())})
+    record("slowest answer, s", plane.slowest)
+    record("memory grown by, MiB", grown / 2**20)
     assert plane.slowest < MAX_ANSWER_S
     assert grown < MAX_GROWTH
     assert statuses[200] > COUNT // 5 < statuses[400] + statuses[404] + statuses[413]
