@@ -138,4 +138,5 @@ def _announce(layout: Layout, listener: socket.socket, host: str, new_key: str |
     draft.rename(layout.server_file)
     print(f"Firebox is up at {url}, data in {layout.root}")
     print(f"  export FIREWORKS_BASE_URL={url}")
-    print(f"  export FIREWORKS_API_KEY={new_key or f'$(cat {layout.api_key})'}", flush=True)
+    print(f"  export FIREWORKS_API_KEY={new_key or f'$(cat {layout.api_key})'}")
+    print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY=tml-$FIREWORKS_API_KEY", flush=True)

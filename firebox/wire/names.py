@@ -1,7 +1,8 @@
 """Resource names and identifier rules.
 
 Owns every pattern that turns a user's string into an identifier. Nothing here touches a disk: an identifier
-that passed these checks is one path segment of lower-case letters, digits and hyphens, never a path.
+that passed these checks is one path segment of lower-case letters, digits, hyphens and, where the rule says so,
+dots and underscores; never a path.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from firebox.wire.errors import InvalidArgument
 
 _RESOURCE_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _MODEL_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?")
-_SNAPSHOT_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,126}[a-z0-9])?")
+_SNAPSHOT_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?")
 _CROSS_JOB: Final = "cross_job://"
 
 DEFAULT_ACCOUNT: Final = "local"
@@ -48,11 +49,11 @@ def check_model_id(field: str, value: str) -> str:
 
 
 def check_snapshot_id(field: str, value: str) -> str:
-    """Return `value` if it can name a checkpoint or snapshot (1-128 of a-z, 0-9, inner hyphens)."""
-    if not _SNAPSHOT_ID.fullmatch(value):
+    """Return `value` if it can name a checkpoint or snapshot (1-128 of a-z, 0-9, inner hyphens, underscores, dots)."""
+    if not _SNAPSHOT_ID.fullmatch(value) or ".." in value:
         raise InvalidArgument(
             f"{field}: {value!r} is not a valid checkpoint name; use 1 to 128 lower-case letters, digits or "
-            "inner hyphens, for example 'step-10'",
+            "inner hyphens, underscores and dots, for example 'step-10'",
             reason="INVALID_ID",
         )
     return value

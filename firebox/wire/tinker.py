@@ -249,8 +249,8 @@ class RunCheckpoint(_Body):
     expires_at: datetime | None = None
 
     @property
-    def run(self) -> str:
-        return parse_path(self.tinker_path, field="tinker_path").run
+    def path(self) -> CheckpointPath:
+        return parse_path(self.tinker_path, field="tinker_path")
 
 
 class TrainingRun(_Body):

@@ -1,6 +1,6 @@
 """A worker command whose trainers are the real ones and whose samplers answer at once, without a model.
 
-`sampler_stub.py trainer|sampler --spec FILE`. A sample's only token is the step of the snapshot that it was asked for, or
+`sampler_stub.py trainer|sampler --spec FILE`. A sample's only token is the step of the snapshot it was asked for,
 0 for the base model: enough to see whose weights the server asks. A prompt that begins with 9 is refused.
 """
 

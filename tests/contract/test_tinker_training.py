@@ -179,7 +179,7 @@ def test_pool_is_not_among_the_users_jobs(server, connect):
 def test_records_outlive_workers(connect, rest):
     service = connect()
     client = service.create_lora_training_client("tiny", rank=4, user_metadata={"note": "first"}).result()
-    state = client.save_state("one", ttl_seconds=7200, user_metadata={"step": "1"}).result().path
+    state = client.save_state("one_0.5", ttl_seconds=7200, user_metadata={"step": "1"}).result().path
     weights = client.save_weights_for_sampler("one").result().path
 
     run = rest.get_training_run(client.model_id).result()
@@ -217,15 +217,14 @@ def test_records_outlive_workers(connect, rest):
         rest.get_training_run("session-0:train:0").result()
 
 
-def test_parked_run_comes_back_and_a_lost_one_says_so(tmp_path: Path):
-    with running(tmp_path, "--idle-minutes", "0.03") as server:
+def test_parked_run_comes_back(tmp_path: Path):
+    with running(tmp_path, "--idle-minutes", "0.02") as server:
         rest = tinker.RestClient(base_url=server.url, api_key=f"tml-{server.key}")
         service = open_service(server)
         client, steady = (service.create_lora_training_client("tiny", rank=4, seed=5).result() for _ in range(2))
         for model in (client, steady):
             train(model, datum())
-        client.forward_backward([datum(40)], "cross_entropy").result()
-        steady.forward_backward([datum(40)], "cross_entropy").result()
+            model.forward_backward([datum(40)], "cross_entropy").result()
         expected = [train(steady, datum()) for _ in range(3)]
         deadline = time.monotonic() + 30
         while server.workers():  # the SDK's heartbeat is slower than this server's patience
@@ -233,6 +232,24 @@ def test_parked_run_comes_back_and_a_lost_one_says_so(tmp_path: Path):
             time.sleep(0.1)
         assert [train(client, datum()) for _ in range(3)] == expected
         assert rest.list_checkpoints(client.model_id).result().checkpoints == []
+        service.close("success").result()
+        own = [path.name for path in server.data.glob("jobs/local/pool-*/checkpoints/*")]
+        assert own == [], "what the server saved for itself stays behind"
+
+
+def test_run_outlives_servers_and_a_lost_one_says_so(tmp_path: Path):
+    with running(tmp_path) as server:
+        service = open_service(server)
+        client = service.create_lora_training_client("tiny", rank=4, seed=5).result()
+        losses = [train(client, datum())]
+        workers = server.workers()
+        for end in (signal.SIGKILL, signal.SIGTERM):
+            server.end(end)
+            server.options = ("--port", server.url.rpartition(":")[2])
+            server.start()
+            losses.append(train(client, datum()))
+            assert (server.workers() == workers) == (end == signal.SIGKILL)
+        assert losses == sorted(losses, reverse=True)
 
         state = client.save_state("safe").result().path
         (pid,) = server.workers()
@@ -242,19 +259,5 @@ def test_parked_run_comes_back_and_a_lost_one_says_so(tmp_path: Path):
         with pytest.raises(tinker.RequestFailedError, match=r"create a training client from tinker://.*/weights/safe"):
             client.optim_step(ADAM).result()
         resumed = service.create_training_client_from_state_with_optimizer(state).result()
-        assert train(resumed, datum()) < expected[-1]
-        service.close("success").result()
-
-
-def test_restarted_server_takes_its_pool_back(tmp_path: Path):
-    with running(tmp_path) as server:
-        service = open_service(server)
-        client = service.create_lora_training_client("tiny", rank=4, seed=5).result()
-        before = train(client, datum())
-        workers, port = server.workers(), server.url.rpartition(":")[2]
-        server.end(signal.SIGKILL)
-        server.options = ("--port", port)
-        server.start()
-        assert train(client, datum()) < before
-        assert server.workers() == workers
+        assert train(resumed, datum()) < losses[-1]
         service.close("success").result()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 
-from firebox.control.services import pools, run_checkpoints, trainer_jobs, training_runs
+from firebox.control.services import deployments, pools, run_checkpoints, trainer_jobs, training_runs
 from firebox.control.services.context import Control
 from firebox.control.services.presence import Place
 from firebox.control.tables.deployments import DeploymentRow
@@ -18,6 +18,8 @@ from firebox.control.tables.sessions import SessionRow
 from firebox.control.tables.trainer_jobs import TrainerJobRow
 from firebox.wire.errors import FireboxError
 from firebox.wire.names import resource
+
+_CLOSE_S = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +33,37 @@ class TrainingRuns:
         self._task: asyncio.Task[None] | None = None
 
     async def recover(self) -> None:
-        """Find the runs that workers of an earlier server still hold; their sessions count as heard of now."""
+        """Find the runs that workers of an earlier server still hold; they and their pools count as used now."""
         control = self._control
+        pools_there = [row.name for row in await trainer_jobs.unfinished(control) if row.pooled]
+        pools_there += [row.name for row in await deployments.unfinished(control) if row.pooled]
+        for name in pools_there:
+            if control.fleet.all(name):
+                control.presence.touch(name)
         for row in await training_runs.loaded(control):
             job = await trainer_jobs.find(control, row.account, row.job)
             address = control.fleet.pick(job.name) if job is not None else None
             if job is not None and address is not None and job.worker is not None and job.worker == row.worker:
                 control.presence.load(row.name, Place(job.id, job.name, job.worker, address))
-                control.presence.touch(job.name)
                 control.presence.touch(resource(row.account, SessionRow.collection, row.session))
         self._task = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        """Park what is loaded, as far as the time allows: a run then goes on under the next server."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                for row in await training_runs.loaded(self._control):
+                    self._control.presence.forget(resource(row.account, SessionRow.collection, row.session))
+                    await self._park(row.account, row.id)
+        except TimeoutError:
+            log.warning(
+                "not every training run could be parked within %.0f s; their last saved states remain", _CLOSE_S
+            )
 
     async def _watch(self) -> None:
         presence = self._control.presence

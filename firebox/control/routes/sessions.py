@@ -44,8 +44,7 @@ async def heartbeat(control: Ctx, account: Caller, body: Heartbeat) -> Json:
 @router.post("/sessions/{session}/finish")
 async def finish_session(control: Ctx, account: Caller, session: str) -> Response:
     await sessions.finish(control, account, session)
-    for run in await training_runs.listing(control, account, session):
-        await training_runs.unload(control, account, run.id)
+    await training_runs.end(control, account, session)
     return Response(status_code=204)
 
 

@@ -19,7 +19,7 @@ async def list_runs(control: Ctx, account: Caller, limit: int = MAX_PAGE, offset
     rows = await training_runs.listing(control, account)
     checkpoints: dict[str, list[RunCheckpoint]] = defaultdict(list)
     for checkpoint in await run_checkpoints.listing(control, account):
-        checkpoints[checkpoint.run].append(checkpoint)
+        checkpoints[checkpoint.path.run].append(checkpoint)
     shown = [training_runs.show(row, checkpoints[row.id]) for row in window(rows, offset, limit)]
     cursor = Cursor(offset=offset, limit=limit, total_count=len(rows))
     return {"training_runs": [run.model_dump(mode="json") for run in shown], "cursor": cursor.model_dump()}

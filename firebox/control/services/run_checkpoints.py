@@ -58,8 +58,11 @@ async def locate(control: Control, account: str, path: CheckpointPath) -> Path:
 
 
 async def listing(control: Control, account: str, run: str | None = None) -> list[RunCheckpoint]:
-    """What a run, or every run of the account, has saved, oldest first; what is over is removed instead."""
+    """What clients saved of a run, or of every run, oldest first; what is over is removed instead."""
+    return [found for found in await _all(control, account, run) if not tinker.is_own(found.path)]
 
+
+async def _all(control: Control, account: str, run: str | None) -> list[RunCheckpoint]:
     def work(session: Session) -> tuple[Sequence[TrainingRunRow], dict[str, RunCheckpointRow]]:
         runs = select(TrainingRunRow).where(TrainingRunRow.account == account)
         said = select(RunCheckpointRow).where(RunCheckpointRow.account == account)
@@ -84,6 +87,13 @@ async def delete(control: Control, account: str, path: CheckpointPath) -> None:
     grave = control.layout.staging / f"{path.artifact}.deleted"
     await asyncio.to_thread(_bury, directory, grave)
     await control.db.run(lambda session: _forget(session, account, path))
+
+
+async def remove_own(control: Control, account: str, run: str) -> None:
+    """Remove what the server itself saved of a run that is over: parked states, weights of unnamed samplers."""
+    for found in await _all(control, account, run):
+        if tinker.is_own(found.path):
+            await delete(control, account, found.path)
 
 
 async def set_ttl(control: Control, account: str, path: CheckpointPath, ttl_seconds: int | None) -> None:
@@ -112,7 +122,7 @@ def _scan(job: Path, runs: set[str], said: dict[str, RunCheckpointRow]) -> list[
     for kind, folder in _FOLDERS.items():
         for directory in (job / folder).iterdir() if (job / folder).is_dir() else ():
             path = None if directory.name.startswith(".") else tinker.of_artifact(directory.name, kind)
-            if path is not None and path.run in runs and not tinker.is_own(path):
+            if path is not None and path.run in runs:
                 found += [_show(path, manifest, said.get(path.path)) for manifest in _manifest(directory, kind)]
     return sorted(found, key=lambda checkpoint: checkpoint.time)
 

@@ -21,7 +21,7 @@ from firebox.control.services.training_shapes import Shape
 from firebox.control.tables.trainer_jobs import TrainerJobRow
 from firebox.wire.control import CreateTrainerJob, Status, TrainerJob, TrainerMode, TrainingConfig
 from firebox.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from firebox.wire.names import check_id, split_resource
+from firebox.wire.names import check_id, resource, split_resource
 from firebox.wire.worker import WorkerAddress
 
 CREATING: Final = "JOB_STATE_CREATING"
@@ -168,10 +168,10 @@ async def shape_of(control: Control, row: TrainerJobRow) -> Shape:
 
 async def address(control: Control, account: str, ident: str) -> WorkerAddress:
     """Where the job's trainer listens; raises FailedPrecondition telling why there is none."""
-    row = await get(control, account, ident)
-    serving = control.fleet.pick(row.name)
+    serving = control.fleet.pick(resource(account, TrainerJobRow.collection, ident))
     if serving is not None:
         return serving
+    row = await get(control, account, ident)
     if row.state in (CREATING, RUNNING):
         raise Unavailable(f"trainer job {ident!r} is not answering yet (state {row.state}); try again")
     advice = f"; resume it, then load a checkpoint. {row.status_message}" if row.state in RESUMABLE else ""

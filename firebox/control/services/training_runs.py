@@ -8,6 +8,7 @@ the process that holds the run, with everything that was accepted before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Final, TypeVar
 
@@ -35,6 +36,8 @@ PARKED: Final = "PARKED"
 UNLOADED: Final = "UNLOADED"
 
 _A = TypeVar("_A")
+
+log = logging.getLogger(__name__)
 
 
 class _Answer(msgspec.Struct):
@@ -158,6 +161,16 @@ async def unload(control: Control, account: str, run: str) -> None:
     await _set(control, row, state=UNLOADED, worker=None)
     if known is not None and known.address in control.fleet.all(known.job_name):
         await _ask(control, known, "/api/v1/unload_model", msgspec.json.encode({"model_id": run}), _Answer)
+
+
+async def end(control: Control, account: str, session: str) -> None:
+    """A session is finished: its runs are not needed any more, nor what was only saved for its samplers."""
+    for row in await listing(control, account, session):
+        try:
+            await unload(control, account, row.id)
+        except Unavailable as error:  # a trainer that does not answer is ended by others, and the run with it
+            log.warning("training run %s: %s", row.id, error.message)
+        await run_checkpoints.remove_own(control, account, row.id)
 
 
 def show(row: TrainingRunRow, checkpoints: Sequence[RunCheckpoint]) -> TrainingRun:
