@@ -70,7 +70,7 @@ def _differentiate(
     """The summed loss of a micro-batch and its derivative by the log-probs, of their shape."""
     with torch.enable_grad():
         leaf = logprobs.detach().requires_grad_()
-        per_token = loss.per_token(leaf, batch.inputs, config)
+        per_token = loss(leaf, batch.inputs, config, batch.lengths)
         (slope,) = torch.autograd.grad(per_token.sum(), leaf)
     loss_sum = per_token.detach().double().sum().item()
     if not (torch.isfinite(slope).all() and torch.isfinite(per_token).all()):
