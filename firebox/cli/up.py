@@ -82,6 +82,7 @@ async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs:
         LookUps(partial(trainer_jobs.address, context), partial(deployments.address, context)),
         _root_calls(context),
         lambda key: accounts.account_of(keys, key),
+        context.downloads.account_of,
         allowed_hosts(host),
         life,
     )

@@ -25,6 +25,7 @@ def build_app(
     look_ups: LookUps,
     root_calls: RootCalls,
     account_of: Callable[[str], str | None],
+    account_of_ticket: Callable[[str], str | None],
     hosts: frozenset[str],
     lifespan: Callable[[], contextlib.AbstractAsyncContextManager[None]],
 ) -> Starlette:
@@ -49,7 +50,7 @@ def build_app(
             *root.routes,
             Mount("/", app=control),
         ],
-        middleware=[Middleware(Guard, account_of, hosts)],
+        middleware=[Middleware(Guard, account_of, hosts, account_of_ticket)],
         exception_handlers={FireboxError: _on_error},
         lifespan=life,
     )

@@ -1,7 +1,7 @@
 """What every request must pass before anything else sees it: host name, key, size; and what every answer carries.
 
 Knows keys only through the look-up it is given. Invariant: no route, documentation included, is reached without a
-valid key, and no failure leaves without the error envelope and a request id.
+valid key or, for a download, a ticket, and no failure leaves without the error envelope and a request id.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 from firebox.wire.errors import FireboxError, Internal, InvalidArgument, PermissionDenied, Unauthenticated, envelope
+from firebox.wire.tinker import DOWNLOADS
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,10 +44,17 @@ def allowed_hosts(bound: str) -> frozenset[str]:
 class Guard:
     """Outermost ASGI middleware. Sets `scope["account"]` for what lies behind it."""
 
-    def __init__(self, app: App, account_of: Callable[[str], str | None], hosts: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: App,
+        account_of: Callable[[str], str | None],
+        hosts: frozenset[str],
+        account_of_ticket: Callable[[str], str | None],
+    ) -> None:
         self._app = app
         self._account_of = account_of
         self._hosts = hosts
+        self._account_of_ticket = account_of_ticket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -57,7 +65,7 @@ class Guard:
         request_id = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
         answer = _Answer(send, request_id)
         try:
-            scope["account"] = self._admit(headers)
+            scope["account"] = self._admit(scope, headers)
             await self._app(scope, _limited(receive, headers), answer)
         except ClientDisconnect:
             log.info("%s %s: the client left, request %s", scope["method"], scope["path"], request_id)
@@ -66,13 +74,16 @@ class Guard:
         except Exception as error:  # noqa: BLE001 - the last boundary: a bug must become an answer with an id
             await answer.fail(_bug(scope, request_id, error), scope, receive)
 
-    def _admit(self, headers: Headers) -> str:
+    def _admit(self, scope: Scope, headers: Headers) -> str:
         host = headers.get("host", "").lower()
         name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
         if name.strip("[]") not in self._hosts:
             raise PermissionDenied(f"Host: {host!r} is not a name of this server", reason="HOST_NOT_ALLOWED")
         key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
         account = self._account_of(key)
+        if account is None and scope["method"] == "GET" and scope["path"].startswith(DOWNLOADS):
+            # Download tools send no headers: their key is in the URL, opens one artifact and soon expires.
+            account = self._account_of_ticket(scope["path"].removeprefix(DOWNLOADS).partition("/")[0])
         if account is None:
             raise Unauthenticated(
                 "X-Api-Key: the API key is missing or wrong; set FIREWORKS_API_KEY to the key that firebox up made",

@@ -119,6 +119,7 @@ class Root:
             "load_weights": self._load,
             "save_weights": self._save,
             "save_weights_for_sampler": self._save_for_sampler,
+            "save_weights_external": self._save_external,
             "asample": self._sample,
             "retrieve_future": self._retrieve,
         }
@@ -147,7 +148,7 @@ class Root:
             fields = msgspec.json.decode(raw, type=dict[str, Any])
             return fields | {"path": await self._calls.state_ref(request.scope["account"], str(fields.get("path")))}
 
-        return await self._rewritten(request, address, translate)
+        return await self._rewritten(request, request.url.path, address, translate)
 
     async def _unload_model(self, request: Request) -> Response:
         model_id = _read(await request.body(), tinker.ModelAddress).model_id
@@ -182,12 +183,17 @@ class Root:
     async def _save_for_sampler(self, request: Request) -> Response:
         return await self._save_as(request, "sampler")
 
+    async def _save_external(self, request: Request) -> Response:
+        return await self._save_as(request, "external")
+
     async def _save_as(self, request: Request, kind: CheckpointType) -> Response:
         raw = await request.body()
         account = request.scope["account"]
 
         async def translate() -> dict[str, Any]:
             body = _read(raw, SaveBody)
+            if body.age_encryption_recipients:
+                raise InvalidArgument("age_encryption_recipients: files are not encrypted here; leave it out")
             if body.path is not None:
                 path = tinker.checkpoint_path(body.model_id, kind, body.path)
                 await self._calls.announce(account, path, body)
@@ -199,18 +205,19 @@ class Root:
                 raise InvalidArgument("path: a name for the checkpoint is needed, for example 'step-10'")
             return msgspec.json.decode(raw, type=dict[str, Any]) | {"path": path.artifact}
 
-        return await self._rewritten(request, _decode(raw, _Addressed), translate)
+        route = "/api/v1/save_weights" if kind == "training" else "/api/v1/save_weights_for_sampler"
+        return await self._rewritten(request, route, _decode(raw, _Addressed), translate)
 
     async def _rewritten(
-        self, request: Request, address: _Addressed, translate: Callable[[], Awaitable[dict[str, Any]]]
+        self, request: Request, path: str, address: _Addressed, translate: Callable[[], Awaitable[dict[str, Any]]]
     ) -> Response:
-        """Send on what `translate` makes of the body; what it refuses keeps its place in the model's sequence."""
+        """Send to `path` what `translate` makes of the body; what it refuses keeps its place in the sequence."""
         if not address.model_id:
             raise InvalidArgument("model_id: the body must name its model")
         try:
             home = await self._calls.home(request.scope["account"], address.model_id)
             try:
-                path, fields = request.url.path, await translate()
+                fields = await translate()
             except FireboxError as error:
                 path = "/worker/runs/refuse"
                 fields = {"model_id": address.model_id, "seq_id": address.seq_id, "error": error.message}
@@ -303,6 +310,8 @@ def _in_clients_words(content: bytes, request_id: str) -> bytes:
         path = tinker.of_artifact(result.path, "sampler")
         sampler = tinker.sampler_of(path)
         told = {"path": path.path} if sampler is None else {"path": None, "sampling_session_id": sampler}
+        if path.type == "external":
+            told["type"] = "save_weights_external"
     else:
         told = {"path": tinker.of_artifact(result.path, "training").path}
     return msgspec.json.encode(msgspec.json.decode(content, type=dict[str, Any]) | told)

@@ -26,15 +26,24 @@ _OWN_NAME: Final = re.compile(r"(sampling-session|parked)-.*")
 _MIN_TTL_S: Final = 3600
 _MAX_TTL_S: Final = 10 * 365 * 24 * 3600
 
-CheckpointType = Literal["training", "sampler"]
-_SEGMENT: Final[dict[CheckpointType, str]] = {"training": "weights", "sampler": "sampler_weights"}
+DOWNLOADS: Final = "/api/v1/downloads/"
+"""The path below which artifacts are fetched, by ticket and file name."""
+
+CheckpointType = Literal["training", "sampler", "external"]
+_SEGMENT: Final[dict[CheckpointType, str]] = {
+    "training": "weights",
+    "sampler": "sampler_weights",
+    "external": "external_weights",
+}
+_EXTERNAL: Final = "external."
+"""What the artifact of weights to take away is told by: it is kept among those for samplers."""
 
 
 # -------------------------------------------------------------------------------------------------------------- names
 
 
 class CheckpointPath(NamedTuple):
-    """`tinker://<run>/weights/<name>` (training) or `tinker://<run>/sampler_weights/<name>` (sampler)."""
+    """`tinker://<run>/weights/<name>` (training), or `sampler_weights`, or `external_weights` to take away."""
 
     run: str
     type: CheckpointType
@@ -54,7 +63,7 @@ class CheckpointPath(NamedTuple):
         """The name of its directory."""
         match = _RUN.fullmatch(self.run)
         assert match is not None, self.run
-        return f"{match[1]}-{match[2]}-{self.name}"
+        return f"{match[1]}-{match[2]}-{_EXTERNAL if self.type == 'external' else ''}{self.name}"
 
 
 def new_session_id() -> str:
@@ -82,7 +91,7 @@ def sampler_id(session: str, sampling_session_seq_id: int) -> str:
 def checkpoint_path(run: str, type: CheckpointType, name: str) -> CheckpointPath:
     """The path of a checkpoint that a client is about to name; raises InvalidArgument for a name that is none."""
     session_of(run)
-    if _OWN_NAME.fullmatch(name):
+    if _OWN_NAME.fullmatch(name) or name.startswith(_EXTERNAL):
         raise InvalidArgument(f"path: {name!r} begins like a name of the server's own; choose another")
     found = CheckpointPath(run, type, check_snapshot_id("path", name))
     check_snapshot_id("path", found.artifact)
@@ -107,17 +116,20 @@ def parse_path(path: str, *, field: str) -> CheckpointPath:
     types = {segment: type for type, segment in _SEGMENT.items()}
     if not path.startswith(_SCHEME) or segment not in types or not _RUN.fullmatch(run):
         raise InvalidArgument(
-            f"{field}: {path!r} is not a checkpoint; expected tinker://<run>/weights/<name> or "
-            "tinker://<run>/sampler_weights/<name>"
+            f"{field}: {path!r} is not a checkpoint; expected tinker://<run>/weights/<name>, with sampler_weights or "
+            "external_weights in place of weights for those kinds"
         )
     return CheckpointPath(run, types[segment], check_snapshot_id(field, name))
 
 
-def of_artifact(artifact: str, type: CheckpointType) -> CheckpointPath:
-    """The path whose `artifact` this is."""
+def of_artifact(artifact: str, type: Literal["training", "sampler"]) -> CheckpointPath:
+    """The path whose `artifact` this is, found among those of `type`."""
     match = _ARTIFACT.fullmatch(artifact)
     assert match is not None, artifact
-    return CheckpointPath(f"session-{match[1]}:train:{match[2]}", type, match[3])
+    run, name = f"session-{match[1]}:train:{match[2]}", match[3]
+    if type == "sampler" and name.startswith(_EXTERNAL):
+        return CheckpointPath(run, "external", name.removeprefix(_EXTERNAL))
+    return CheckpointPath(run, type, name)
 
 
 def sampler_of(path: CheckpointPath) -> str | None:
@@ -204,6 +216,7 @@ class SaveBody(_Expiring):
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0, lt=10**9)
     user_metadata: dict[str, str] | None = None
+    age_encryption_recipients: list[str] | None = None
 
 
 class SetTtl(_Expiring):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
+import tarfile
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +17,7 @@ import httpx
 import pytest
 import tinker
 from running import RunningServer, running
+from safetensors.torch import load_file
 from tinker import types
 
 ADAM = types.AdamParams(learning_rate=1e-2)
@@ -116,6 +121,7 @@ def test_mistakes_fail_their_future_and_nothing_else(connect):
     mistakes = [
         (lambda: client.save_state("No Good"), "No Good"),
         (lambda: client.save_state("parked-1"), "the server's own"),
+        (lambda: client.save_weights_external("x", age_encryption_recipients=["age1x"]), "not encrypted"),
         (lambda: client.save_state("taken"), "exists already"),
         (lambda: client.load_state(weights), "save_state makes a checkpoint"),
         (lambda: client.load_state(f"tinker://{client.model_id}/weights/nothing"), "weights/taken"),
@@ -215,6 +221,34 @@ def test_records_outlive_workers(connect, rest):
         rest.delete_checkpoint_from_tinker_path(weights).result()
     with pytest.raises(tinker.NotFoundError, match="does not exist"):
         rest.get_training_run("session-0:train:0").result()
+
+
+def test_adapter_can_be_taken_away_without_a_key(server, connect, rest, tmp_path):
+    client = connect().create_lora_training_client("tiny", rank=4).result()
+    train(client, datum())
+    path = client.save_weights_external("gift").result().path
+    assert path == f"tinker://{client.model_id}/external_weights/gift"
+    offered = rest.get_external_weights_urls(path).result()
+    assert set(offered.urls) == {"adapter_config.json", "adapter_model.safetensors"}
+    for name, url in offered.urls.items():
+        urllib.request.urlretrieve(url, tmp_path / name)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+    assert load_file(tmp_path / "adapter_model.safetensors")
+
+    weights = client.save_weights_for_sampler("gift").result().path
+    assert [c.tinker_path for c in rest.list_checkpoints(client.model_id).result().checkpoints] == [path, weights]
+    place = f"/api/v1/training_runs/{client.model_id}/checkpoints/sampler_weights/gift"
+    url = server.ask("GET", f"{place}/archive").json()["url"]  # what older clients ask for
+    with urllib.request.urlopen(url) as answer, tarfile.open(fileobj=io.BytesIO(answer.read())) as archive:
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
+    assert list((server.data / "staging").iterdir()) == []
+
+    for other in ("manifest.json", "%2e%2e/%2e%2e/firebox.db", "..%2f..%2f..%2ffirebox.db", ""):
+        assert httpx.get(f"{url.rpartition('/')[0]}/{other}").status_code in (401, 404)
+    assert httpx.get(url.replace("/downloads/", "/downloads/x")).status_code == 401
+    client.save_state("gift").result()
+    refused = server.ask("GET", f"{place.replace('sampler_weights', 'weights')}/archive")
+    assert "training state" in refused.json()["error"]["message"]
 
 
 def test_parked_run_comes_back(tmp_path: Path):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from starlette.background import BackgroundTask
 
 from firebox.control.routes.deps import Caller, Ctx, Json
 from firebox.control.services import run_checkpoints, training_runs
 from firebox.control.services.context import MAX_PAGE, window
+from firebox.control.services.downloads import ARCHIVE, Offer
 from firebox.wire.errors import FailedPrecondition
-from firebox.wire.tinker import CheckpointPath, Cursor, SetTtl, WeightsInfoQuery, parse_path
+from firebox.wire.tinker import DOWNLOADS, CheckpointPath, Cursor, SetTtl, WeightsInfoQuery, parse_path
 
 router = APIRouter(prefix="/api/v1", tags=["root"])
 
-Segment = Literal["weights", "sampler_weights"]
+Segment = Literal["weights", "sampler_weights", "external_weights"]
 
 
 @router.get("/checkpoints")
@@ -57,6 +61,27 @@ async def unpublish_checkpoint(control: Ctx, account: Caller, run: str, segment:
     return Response(status_code=204)
 
 
+@router.get("/training_runs/{run}/checkpoints/{segment}/{name}/external_weights_urls")
+async def file_urls(request: Request, control: Ctx, account: Caller, run: str, segment: Segment, name: str) -> Json:
+    offer = await run_checkpoints.offer(control, account, _path(run, segment, name))
+    urls = {file: _url(request, offer, file) for file in offer.files}
+    return {"urls": urls, "expires": offer.expires.isoformat()}
+
+
+@router.get("/training_runs/{run}/checkpoints/{segment}/{name}/archive")
+async def archive_url(request: Request, control: Ctx, account: Caller, run: str, segment: Segment, name: str) -> Json:
+    offer = await run_checkpoints.offer(control, account, _path(run, segment, name))
+    return {"url": _url(request, offer, ARCHIVE), "expires": offer.expires.isoformat()}
+
+
+@router.get("/downloads/{ticket}/{file:path}")
+async def download(control: Ctx, ticket: str, file: str) -> FileResponse:
+    if file != ARCHIVE:
+        return FileResponse(control.downloads.file(ticket, file), filename=Path(file).name)
+    packed = await control.downloads.archive(ticket, control.layout.staging)
+    return FileResponse(packed, filename=ARCHIVE, background=BackgroundTask(packed.unlink))
+
+
 @router.post("/weights_info")
 async def weights_info(control: Ctx, account: Caller, body: WeightsInfoQuery) -> Json:
     path = parse_path(body.tinker_path, field="tinker_path")
@@ -64,6 +89,10 @@ async def weights_info(control: Ctx, account: Caller, body: WeightsInfoQuery) ->
     row = await training_runs.get(control, account, path.run)
     flags = {key: row.lora[key] for key in ("train_unembed", "train_mlp", "train_attn")}
     return {"base_model": row.base_model, "is_lora": True, "lora_rank": row.lora["rank"], **flags}
+
+
+def _url(request: Request, offer: Offer, file: str) -> str:
+    return f"{str(request.base_url).rstrip('/')}{DOWNLOADS}{offer.ticket}/{file}"
 
 
 def _path(run: str, segment: Segment, name: str) -> CheckpointPath:

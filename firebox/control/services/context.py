@@ -11,6 +11,7 @@ from firebox.control.catalogue import Template
 from firebox.control.changes import Changes
 from firebox.control.database import Database
 from firebox.control.layout import Layout
+from firebox.control.services.downloads import Downloads
 from firebox.control.services.fleet import Fleet
 from firebox.control.services.presence import Presence
 from firebox.wire.errors import InvalidArgument, PermissionDenied
@@ -35,6 +36,7 @@ class Control:
     changes: Changes = field(default_factory=Changes)
     fleet: Fleet = field(default_factory=Fleet)
     presence: Presence = field(default_factory=Presence)
+    downloads: Downloads = field(default_factory=Downloads)
     accelerators: Sequence[str] = ()
 
     def runs_here(self, template: Template) -> bool:

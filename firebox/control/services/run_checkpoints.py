@@ -11,21 +11,27 @@ import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from firebox.control.services.context import Control
+from firebox.control.services.downloads import Offer
 from firebox.control.tables.run_checkpoints import RunCheckpointRow
 from firebox.control.tables.training_runs import TrainingRunRow
 from firebox.weights import manifest as manifests
 from firebox.weights.manifest import Manifest
 from firebox.wire import tinker
-from firebox.wire.errors import FireboxError, NotFound
+from firebox.wire.errors import FireboxError, InvalidArgument, NotFound
 from firebox.wire.tinker import CheckpointPath, CheckpointType, RunCheckpoint, SaveBody
 
-_FOLDERS: Final[dict[CheckpointType, str]] = {"training": "checkpoints", "sampler": "snapshots"}
+_FOLDERS: Final[dict[CheckpointType, str]] = {
+    "training": "checkpoints",
+    "sampler": "snapshots",
+    "external": "snapshots",
+}
+_KINDS: Final[tuple[Literal["training", "sampler"], ...]] = ("training", "sampler")
 _SAID: Final = "SAID"
 
 log = logging.getLogger(__name__)
@@ -89,6 +95,18 @@ async def delete(control: Control, account: str, path: CheckpointPath) -> None:
     await control.db.run(lambda session: _forget(session, account, path))
 
 
+async def offer(control: Control, account: str, path: CheckpointPath) -> Offer:
+    """Have the files of a PEFT adapter fetched by whoever gets the ticket; raises InvalidArgument for another kind."""
+    if path.type == "training":
+        raise InvalidArgument(
+            f"{path.path!r} is a training state, which only a trainer reads; save_weights_for_sampler makes an adapter"
+        )
+    directory = await locate(control, account, path)
+    manifest = await asyncio.to_thread(manifests.read_snapshot, directory)
+    assert manifest is not None
+    return control.downloads.offer(account, directory, [file.path for file in manifest.files])
+
+
 async def remove_own(control: Control, account: str, run: str) -> None:
     """Remove what the server itself saved of a run that is over: parked states, weights of unnamed samplers."""
     for found in await _all(control, account, run):
@@ -119,15 +137,16 @@ async def _directory(control: Control, account: str, path: CheckpointPath) -> Pa
 
 def _scan(job: Path, runs: set[str], said: dict[str, RunCheckpointRow]) -> list[RunCheckpoint]:
     found = []
-    for kind, folder in _FOLDERS.items():
-        for directory in (job / folder).iterdir() if (job / folder).is_dir() else ():
+    for kind in _KINDS:
+        folder = job / _FOLDERS[kind]
+        for directory in folder.iterdir() if folder.is_dir() else ():
             path = None if directory.name.startswith(".") else tinker.of_artifact(directory.name, kind)
             if path is not None and path.run in runs:
                 found += [_show(path, manifest, said.get(path.path)) for manifest in _manifest(directory, kind)]
     return sorted(found, key=lambda checkpoint: checkpoint.time)
 
 
-def _manifest(directory: Path, kind: CheckpointType) -> Iterator[Manifest]:
+def _manifest(directory: Path, kind: Literal["training", "sampler"]) -> Iterator[Manifest]:
     """The manifest, or nothing where there is none; a damaged one is logged and left out."""
     read = manifests.read_checkpoint if kind == "training" else manifests.read_snapshot
     try:

@@ -37,7 +37,7 @@ async def create(control: Control, account: str, request: CreateSampler) -> Samp
     if request.model_path is not None:
         path = tinker.parse_path(request.model_path, field="model_path")
         if path.type != "sampler":
-            raise InvalidArgument(f"model_path: {path.path!r} is a training state; use save_weights_for_sampler first")
+            raise InvalidArgument(f"model_path: {path.path!r} is not for sampling; use save_weights_for_sampler first")
         await run_checkpoints.locate(control, account, path)
         return await of_run(control, account, ident, path)
     if request.base_model is None:

@@ -79,10 +79,8 @@ async def create_from(control: Control, account: str, body: LoadNewModelBody) ->
 async def state_ref(control: Control, account: str, path: str) -> str:
     """What a pooled trainer calls the checkpoint at a `tinker://` path; raises InvalidArgument or NotFound."""
     parsed = tinker.parse_path(path, field="path")
-    if parsed.type == "sampler":
-        raise InvalidArgument(
-            f"path: {path!r} holds weights for sampling, without training state; save_state makes a checkpoint to load"
-        )
+    if parsed.type != "training":
+        raise InvalidArgument(f"path: {path!r} has no training state; save_state makes a checkpoint to load")
     await run_checkpoints.locate(control, account, parsed)
     return parsed.artifact
 

@@ -28,6 +28,7 @@ from firebox.wire.errors import FailedPrecondition, NotFound
 from firebox.wire.worker import WORKER_TOKEN_HEADER, WorkerAddress
 
 KEY = "fb_right"
+TICKET = "for-one-artifact"
 OTHER_CALLS = [field.name for field in dataclasses.fields(RootCalls) if field.name != "trainer"]
 WORKER = "/training/v1/rlorTrainerJobs/local/job"
 
@@ -106,6 +107,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         LookUps(trainer, sampler),
         RootCalls(trainer=trainer, **dict.fromkeys(OTHER_CALLS, trainer)),
         lambda key: "local" if key == KEY else None,
+        lambda ticket: "local" if ticket == TICKET else None,
         allowed_hosts("127.0.0.1"),
         life,
     )
@@ -258,3 +260,12 @@ def test_body_beyond_the_limit_is_refused(base: str, monkeypatch: pytest.MonkeyP
 def test_odd_request_ids_are_replaced(base: str) -> None:
     answer = ask(base, "GET", "/docs", headers={"X-Request-ID": "a b\tc"})
     assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_ticket_opens_downloads_only(base: str) -> None:
+    download = f"{base}/api/v1/downloads/{TICKET}/file"
+    assert httpx.get(download).status_code == 404, "let in, and this control plane has no such file"
+    assert httpx.post(download).status_code == 401
+    assert httpx.get(download.replace(TICKET, "another")).status_code == 401
+    assert httpx.get(f"{base}/v1/echo", headers={"X-Api-Key": TICKET}).status_code == 401
+    assert httpx.get(f"{base}/api/v1/healthz/{TICKET}").status_code == 401
