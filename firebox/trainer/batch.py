@@ -82,11 +82,27 @@ def pack(examples: Sequence[Example], budget: int, device: torch.device) -> Iter
         for index in group:
             length = len(examples[index].tokens)
             if batch and size + length > budget:
-                yield _join(examples, batch, device)
+                yield join(examples, batch, device)
                 batch, size = [], 0
             batch.append(index)
             size += length
-        yield _join(examples, batch, device)
+        yield join(examples, batch, device)
+
+
+def join(examples: Sequence[Example], indices: list[int], device: torch.device) -> MicroBatch:
+    """Lay the examples of `indices`, which must have the same inputs, end to end."""
+    chosen = [examples[i] for i in indices]
+
+    def cat(arrays: Sequence[Array]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)).to(device)
+
+    return MicroBatch(
+        indices=indices,
+        lengths=[len(e.tokens) for e in chosen],
+        tokens=cat([e.tokens for e in chosen]),
+        targets=cat([e.targets for e in chosen]),
+        inputs={name: cat([e.inputs[name] for e in chosen]) for name in chosen[0].inputs},
+    )
 
 
 def to_array(field: str, tensor: TensorData) -> Array:
@@ -186,18 +202,3 @@ def _per_token(field: str, tensor: TensorData, shape: tuple[int, ...]) -> NDArra
     if not np.isfinite(array).all():
         raise InvalidArgument(f"{field}: there is a NaN or an infinity; every value must be finite")
     return array
-
-
-def _join(examples: Sequence[Example], indices: list[int], device: torch.device) -> MicroBatch:
-    chosen = [examples[i] for i in indices]
-
-    def cat(arrays: Sequence[Array]) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays)).to(device)
-
-    return MicroBatch(
-        indices=indices,
-        lengths=[len(e.tokens) for e in chosen],
-        tokens=cat([e.tokens for e in chosen]),
-        targets=cat([e.targets for e in chosen]),
-        inputs={name: cat([e.inputs[name] for e in chosen]) for name in chosen[0].inputs},
-    )

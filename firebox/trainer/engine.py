@@ -32,6 +32,7 @@ from firebox.trainer.checkpoint import (
 )
 from firebox.trainer.lora import Adapter
 from firebox.trainer.publish import publish, snapshot_kind
+from firebox.trainer.retained import Retained, memory_budget
 from firebox.trainer.state import ModelState
 from firebox.weights.manifest import CheckpointManifest, sweep_scratch
 from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound
@@ -106,6 +107,7 @@ class Engine:
         self._lm.model.requires_grad_(trains_base)
         self._base = ModelState(dict(self._lm.model.named_parameters()) if trains_base else {})
         self._models: dict[str, ModelState] = {}
+        self._retained = Retained(memory_budget(self._lm.device))
         self._handlers: dict[type, Callable[[str, Any], Result]] = {
             CreateModel: self._create_model,
             UnloadModel: self._unload_model,
@@ -174,21 +176,30 @@ class Engine:
 
     def _unload_model(self, model_id: str, _: UnloadModel) -> ModelUnloaded:
         self._models.pop(model_id, None)
+        self._retained.activate(None)
         return ModelUnloaded(model_id=model_id)
 
     def _forward(self, model_id: str, request: Forward) -> ForwardOutput:
-        if not request.backward:
-            state = self._model(model_id)
-            with state.active():
-                return passes.run(self._lm, request, self._spec.max_context_length).output
+        if request.backward:
+            return self._forward_backward(model_id, request)
+        state = self._model(model_id)
+        self._retained.activate(state)
+        # No backward pass can follow on frozen weights.
+        retained = self._retained if state.parameters else None
+        with state.active():
+            return passes.run(self._lm, request, self._spec.max_context_length, retained).output
+
+    def _forward_backward(self, model_id: str, request: Forward) -> ForwardOutput:
         state = self._trainable(model_id, "forward_backward")
+        self._retained.activate(state)
         with state.active(), state.accumulating():
-            result = passes.run(self._lm, request, self._spec.max_context_length)
+            result = passes.run(self._lm, request, self._spec.max_context_length, self._retained)
         state.count(result.num_loss_tokens, result.num_sequences)
         return result.output
 
     def _optim_step(self, model_id: str, step: OptimStep) -> OptimStepOutput:
         state = self._trainable(model_id, "optim_step")
+        self._retained.weights_change(state)
         metrics = state.optim_step(step.adam_params, step.normalization)
         line = {"time": _now(), "model_id": model_id, "step": state.step, **metrics}
         with (self._job_dir / "metrics.jsonl").open("ab") as file:
@@ -209,7 +220,9 @@ class Engine:
         return StateSaved(path=save.name)
 
     def _load_state(self, model_id: str, load: LoadState) -> StateLoaded:
-        self._load(self._trainable(model_id, "load_state"), load)
+        state = self._trainable(model_id, "load_state")
+        self._retained.weights_change(state)
+        self._load(state, load)
         return StateLoaded(path=load.ref, model_id=model_id)
 
     def _load(self, state: ModelState, load: LoadState) -> None:

@@ -9,7 +9,7 @@ whose dLoss/dlogp is not zero, is the same for a built-in loss and for a client'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from firebox.modeling.attention import PackedCausal
 from firebox.modeling.causal_lm import CausalLM, logprobs_of, packed_positions
-from firebox.trainer.batch import MicroBatch, check_datums, pack, token_budget
+from firebox.trainer.batch import Example, MicroBatch, check_datums, join, pack, token_budget
 from firebox.trainer.losses import Loss, find_loss, resolve_config
+from firebox.trainer.retained import Kept, Recording, Retained
 from firebox.wire.errors import FailedPrecondition, InvalidArgument
 from firebox.wire.training import Forward, ForwardOutput, OutputTensor, output_tensor
 
@@ -29,9 +30,18 @@ class PassResult(NamedTuple):
     num_sequences: int
 
 
-def run(lm: CausalLM, request: Forward, max_length: int) -> PassResult:
+class _Scored(NamedTuple):
+    """A micro-batch and its log-probs, with their graph when one was built."""
+
+    batch: MicroBatch
+    logprobs: Tensor
+    top: dict[str, Tensor]
+
+
+def run(lm: CausalLM, request: Forward, max_length: int, retained: Retained | None = None) -> PassResult:
     """Compute `request` with the model as it is; with `request.backward` gradients end up in the parameters' `grad`.
 
+    With `retained`, a forward pass may be kept there, and a backward pass on the same data starts from it.
     Raises InvalidArgument before any computation when the request is wrong, FailedPrecondition when the loss or its
     derivative is not finite.
     """
@@ -39,12 +49,16 @@ def run(lm: CausalLM, request: Forward, max_length: int) -> PassResult:
     top_k, given = _split_top_k(request, lm.vocab_size)
     config = resolve_config(request.loss_fn, loss, given)
     examples = check_datums(request.data, loss.required, vocab_size=lm.vocab_size, max_length=max_length)
+    kept: list[Kept] = []
+    recording = None
+    if retained and request.loss_fn == "cross_entropy":
+        if request.backward:
+            kept = retained.take(examples)
+        else:
+            recording = retained.record(examples, lm)
     outputs: list[dict[str, OutputTensor]] = [{} for _ in examples]
     total, num_loss_tokens, num_sequences = 0.0, 0, 0
-    for batch in pack(examples, token_budget(lm.vocab_size), lm.device):
-        with torch.set_grad_enabled(request.backward):
-            logits = _logits(lm, batch)
-            logprobs = logprobs_of(logits, batch.targets)
+    for batch, logprobs, top in _again(kept, examples) if kept else _score(lm, request, examples, top_k, recording):
         loss_sum, slope = _differentiate(loss, logprobs, batch, config)
         if request.backward:
             logprobs.backward(slope)
@@ -52,11 +66,32 @@ def run(lm: CausalLM, request: Forward, max_length: int) -> PassResult:
         counts = [int(_cells(part).any(-1).sum()) for part in slope.split(batch.lengths)]
         num_loss_tokens += sum(counts)
         num_sequences += sum(count > 0 for count in counts)
-        _collect(outputs, batch, {"logprobs": logprobs.detach(), **_top(logits, top_k)})
-    output = ForwardOutput(
-        loss_fn_output_type=f"{request.loss_fn}_output", loss_fn_outputs=outputs, metrics={"loss:sum": total}
-    )
+        _collect(outputs, batch, {"logprobs": logprobs.detach(), **top})
+    if retained and recording:
+        retained.keep(recording)
+    metrics = {"loss:sum": total}
+    if request.backward and request.loss_fn == "cross_entropy":
+        metrics["reused_forward:sum"] = float(bool(kept))
+    output = ForwardOutput(loss_fn_output_type=f"{request.loss_fn}_output", loss_fn_outputs=outputs, metrics=metrics)
     return PassResult(output, num_loss_tokens, num_sequences)
+
+
+def _score(
+    lm: CausalLM, request: Forward, examples: Sequence[Example], top_k: int, recording: Recording | None
+) -> Iterator[_Scored]:
+    for batch in pack(examples, token_budget(lm.vocab_size), lm.device):
+        with recording.watch() if recording else torch.set_grad_enabled(request.backward):
+            logits = _logits(lm, batch)
+            logprobs = logprobs_of(logits, batch.targets)
+        if recording:
+            recording.add(batch.indices, logprobs)
+        yield _Scored(batch, logprobs, _top(logits.detach(), top_k))
+
+
+def _again(kept: Sequence[Kept], examples: Sequence[Example]) -> Iterator[_Scored]:
+    """The micro-batches of an earlier pass, with the inputs that have come now."""
+    for indices, logprobs in kept:
+        yield _Scored(join(examples, indices, logprobs.device), logprobs, {})
 
 
 def _logits(lm: CausalLM, batch: MicroBatch) -> Tensor:
