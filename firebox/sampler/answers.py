@@ -15,6 +15,8 @@ from msgspec import UNSET
 
 from firebox.sampler.scheduler import Generation, Params, Sequence, Token
 from firebox.sampler.text import Text
+from firebox.wire.sample_request import SampleRequest
+from firebox.wire.sample_result import SampledSequence, SampleResult
 from firebox.wire.sampling import (
     AssistantMessage,
     ChatChoice,
@@ -182,6 +184,33 @@ class Answers:
             )
             for token in tokens
         ]
+
+
+def sample_result(generation: Generation, request: SampleRequest) -> SampleResult:
+    """A finished generation as the result of a Tinker sample request."""
+    sequences = [
+        SampledSequence(
+            stop_reason=sequence.finish or "length",
+            tokens=[token.id for token in sequence.tokens],
+            logprobs=[token.logprob for token in sequence.tokens],
+            topk_logprobs=[token.top[: request.topk_sample_logprobs] for token in sequence.tokens]
+            if request.topk_sample_logprobs
+            else None,
+        )
+        for sequence in generation.sequences
+    ]
+    prompt = generation.prompt_tokens
+    unscored = 1 if request.prompt_logprobs_last_n is None else len(prompt) - request.prompt_logprobs_last_n
+    return SampleResult(
+        sequences=sequences,
+        prompt_logprobs=[None] * unscored + [token.logprob for token in prompt[unscored:]]
+        if request.prompt_logprobs
+        else None,
+        topk_prompt_logprobs=[None] * unscored
+        + [token.top[: request.topk_prompt_logprobs] for token in prompt[unscored:]]
+        if request.topk_prompt_logprobs
+        else None,
+    )
 
 
 def identity_spans(tokens: list[Token]) -> list[IdentitySpan]:

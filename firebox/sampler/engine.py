@@ -43,7 +43,7 @@ class Swap:
     """Run `apply` between two turns; tokens carry `identity` from then on. With `drain`, live sequences end first."""
 
     apply: Callable[[], None]
-    identity: str
+    identity: str | None
     drain: bool
     done: Future[None] = field(default_factory=Future)
 

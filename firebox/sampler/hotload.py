@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from firebox.modeling.causal_lm import CausalLM, load_causal_lm
 from firebox.sampler.engine import Engine, Swap
 from firebox.weights.manifest import PROBE_TOLERANCE, Probe, SnapshotManifest, read_snapshot, verify
 from firebox.wire.errors import FailedPrecondition, FireboxError, Unavailable
-from firebox.wire.worker import HotloadCommand, HotloadStage, ReplicaStatus, SamplerSpec
+from firebox.wire.worker import HotloadCommand, HotloadStage, ReplicaStatus, SamplerSpec, SnapshotRef
 
 _DRAIN_DEADLINE_S: Final = 600.0
 """How long a SYNC swap waits for the requests in flight before it gives up."""
@@ -79,14 +79,26 @@ class Hotloader:
 
     async def load(self, command: HotloadCommand) -> None:
         """Load the snapshot of `command`, or keep what is loaded; `status` tells which, and why."""
+        await self._replace(command.identity, lambda: self._fetch(command))
+
+    async def serve(self, snapshot: SnapshotRef | None) -> None:
+        """Make the weights of `snapshot`, or the base model's, the live ones; raises FailedPrecondition if not."""
+        if snapshot is None:
+            await self._replace(None, lambda: (self._live.base(), None))
+        else:
+            await self.load(HotloadCommand(identity=snapshot.identity, path=snapshot.dir))
+        if self._error:
+            raise FailedPrecondition(f"the weights cannot be sampled from: {self._error}", reason="WEIGHTS_REFUSED")
+
+    async def _replace(self, identity: str | None, fetch: Callable[[], tuple[dict[str, Tensor], Probe | None]]) -> None:
         async with self._one_at_a_time:
             before = self._stage
-            self._target, self._error = command.identity, ""
+            self._target, self._error = identity, ""
             try:
                 self._stage = "fetching"
-                manifest, staged = await asyncio.to_thread(self._fetch, command)
+                staged, probe = await asyncio.to_thread(fetch)
                 self._stage = "verified"
-                await self._swap(manifest, staged)
+                await self._swap(identity, staged, probe)
             except FireboxError as error:
                 self._fail(before, error.message, error)
             except Exception as error:  # noqa: BLE001 - foreign files fail in many ways; nothing has been copied yet
@@ -96,14 +108,14 @@ class Hotloader:
         logger.warning("hot-load of %s failed: %s", self._target, reason, exc_info=error)
         self._stage, self._error = stage, reason
 
-    def _fetch(self, command: HotloadCommand) -> tuple[SnapshotManifest, dict[str, Tensor]]:
+    def _fetch(self, command: HotloadCommand) -> tuple[dict[str, Tensor], Probe | None]:
         directory = Path(command.path)
         manifest = read_snapshot(directory)
         if manifest is None:
             raise FailedPrecondition(f"path: no committed snapshot in {directory}", reason="SNAPSHOT_MISSING")
         self._check(manifest, command)
         verify(directory, manifest)
-        return manifest, self._live.stage(directory, manifest)
+        return self._live.stage(directory, manifest), manifest.probe
 
     def _check(self, manifest: SnapshotManifest, command: HotloadCommand) -> None:
         if manifest.identity != command.identity:
@@ -132,15 +144,15 @@ class Hotloader:
                 reason="PARENT_MISMATCH",
             )
 
-    async def _swap(self, manifest: SnapshotManifest, staged: dict[str, Tensor]) -> None:
+    async def _swap(self, identity: str | None, staged: dict[str, Tensor], probe: Probe | None) -> None:
         def apply() -> None:
             self._live.copy(staged)
             self._stage = "swapped"
-            if manifest.probe is not None:
-                self._live.prove(manifest.probe, PROBE_TOLERANCE[manifest.dtype])
+            if probe is not None:
+                self._live.prove(probe)
 
         self._stage = "paused"
-        swap = Swap(apply=apply, identity=manifest.identity, drain=self._spec.transition == "SYNC")
+        swap = Swap(apply=apply, identity=identity, drain=self._spec.transition == "SYNC")
         self._engine.swap(swap)
         try:
             await asyncio.wait_for(asyncio.wrap_future(swap.done), _DRAIN_DEADLINE_S)
@@ -158,7 +170,7 @@ class Hotloader:
             reason = error.message if isinstance(error, FireboxError) else f"{type(error).__name__}: {error}"
             self._fail("error", f"the swap broke: {reason}", error)
         else:
-            self._stage, self._current, self._target = "serving", manifest.identity, None
+            self._stage, self._current, self._target = "serving", identity, None
 
 
 class _LiveWeights:
@@ -213,11 +225,17 @@ class _LiveWeights:
             weight = staged.get(self._tied_head, shared).to(shared.device)
             self._lm.head.weight = nn.Parameter(weight, requires_grad=False)
 
-    def prove(self, probe: Probe, tolerance: float) -> None:
+    def base(self) -> dict[str, Tensor]:
+        """What to copy to be the base model again."""
+        if self._base is None:
+            self._base = self._load_base() if self._changed else None
+        return {name: self._base[name] for name in self._changed} if self._base else {}
+
+    def prove(self, probe: Probe) -> None:
         """Raises FailedPrecondition when the live weights do not give the trainer's log-probs of `probe`, in nats."""
         computed = self._lm.score(torch.tensor(probe.tokens, device=self._lm.device)).cpu()
         difference = (computed - torch.tensor(probe.logprobs)).abs().max().item()
-        allowed = max(tolerance, PROBE_TOLERANCE[str(self._dtype).removeprefix("torch.")])
+        allowed = PROBE_TOLERANCE[str(self._dtype).removeprefix("torch.")]
         if not difference <= allowed:
             raise _mismatch(f"log-probs differ from the trainer's by {difference:.2e} nats, at most {allowed} is right")
 
@@ -239,9 +257,9 @@ class _LiveWeights:
                 raise _mismatch(f"adapter_config.json: {name}={config[name]!r} is not supported, only {neutral!r}")
         scale = config["lora_alpha"] / config["r"]
         factors = dict(_read([directory / "adapter_model.safetensors"]))
+        staged = self.base()
         if self._base is None:
             self._base = self._load_base()
-        staged = {name: self._base[name] for name in self._changed}
         for key in sorted(factors):
             target = key.removeprefix(_PEFT_PREFIX).replace(_LORA_A, ".weight")
             if key.endswith(_LORA_B) and key.replace(_LORA_B, _LORA_A) in factors:

@@ -23,12 +23,14 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from firebox.modeling.causal_lm import load_causal_lm
-from firebox.sampler.answers import Answers, perf_metrics
+from firebox.sampler.answers import Answers, perf_metrics, sample_result
 from firebox.sampler.engine import Engine
 from firebox.sampler.hotload import Hotloader
 from firebox.sampler.scheduler import Generation, Params
 from firebox.sampler.text import Text
+from firebox.sampler.turns import Turns
 from firebox.wire.errors import FireboxError, Internal, InvalidArgument, Unavailable
+from firebox.wire.sample_request import decode_order
 from firebox.wire.sampling import ChatRequest, CompletionRequest, decode_request, inference_envelope
 from firebox.wire.worker import HotloadCommand, SamplerSpec
 
@@ -64,6 +66,7 @@ def build_app(spec: SamplerSpec, *, deadline_s: float = 3600.0) -> Starlette:
     routes = [
         Route("/v1/completions", _answering(server.completions), methods=["POST"]),
         Route("/v1/chat/completions", _answering(server.chat_completions), methods=["POST"]),
+        Route("/worker/sample", _answering(server.sample), methods=["POST"]),
         Route("/worker/hotload", _answering(server.hotload), methods=["POST"]),
         Route("/worker/status", _answering(server.status), methods=["GET"]),
     ]
@@ -85,6 +88,7 @@ class _Server:
         deadline_s: float,
     ) -> None:
         self._spec, self._engine, self._hotloader, self._text = spec, engine, hotloader, text
+        self._turns = Turns(hotloader.serve)
         self._vocab_size, self._context, self._deadline_s = vocab_size, context, deadline_s
 
     async def completions(self, request: Request) -> Response:
@@ -96,6 +100,16 @@ class _Server:
         body = decode_request(await request.body(), ChatRequest)
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
         return await self._generate(request, body, self._text.encode_chat(messages), field="messages")
+
+    async def sample(self, request: Request) -> Response:
+        """Samples of the weights that the request itself names, whatever was asked before."""
+        order = decode_order(await request.body())
+        generation = self._generation(order.request.completion(), order.request.tokens, "prompt")
+        async with self._turns.using(order.snapshot, self._deadline_s):
+            self._engine.submit(generation)
+            async with self._watched(generation):
+                await _until_done(request, generation)
+        return _json(sample_result(generation, order.request))
 
     async def hotload(self, request: Request) -> Response:
         try:

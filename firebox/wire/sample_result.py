@@ -20,7 +20,7 @@ Alternatives = list[tuple[int, float]]
 
 
 class SampledSequence(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`tokens` [T] with the one it stopped at, `logprobs` [T] of the behaviour policy, `topk_logprobs` T x k pairs."""
+    """`tokens` [T] with the one it stopped at, `logprobs` [T] of the plain model, `topk_logprobs` T x k pairs."""
 
     stop_reason: Literal["stop", "length"]
     tokens: list[int]

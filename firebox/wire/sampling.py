@@ -229,11 +229,16 @@ def decode_request(body: bytes, kind: type[_R]) -> _R:
         request = msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
         raise InvalidArgument(_explain(error, fields)) from error
+    check_generation(request)
+    return request
+
+
+def check_generation(request: GenerationRequest) -> None:
+    """Raise InvalidArgument for what the types of the fields cannot say."""
     if request.temperature and request.temperature < MIN_TEMPERATURE:
         raise InvalidArgument(f"temperature: {request.temperature}: use 0 for greedy, or at least {MIN_TEMPERATURE}")
     if "" in request.stop_strings:
         raise InvalidArgument("stop: '' would stop everything at once; leave it out or give a longer string")
-    return request
 
 
 def _explain(error: msgspec.ValidationError, fields: Mapping[str, Any]) -> str:
