@@ -26,7 +26,7 @@ from firebox.gateway.proxy import LookUp, Proxy, relayed
 from firebox.wire import sample_result, tinker
 from firebox.wire.client_config import client_config
 from firebox.wire.compression import decompress
-from firebox.wire.errors import FireboxError, Internal, InvalidArgument
+from firebox.wire.errors import FireboxError, Internal, InvalidArgument, Unavailable
 from firebox.wire.tinker import CheckpointPath, CheckpointType, CreateModelBody, LoadNewModelBody, SaveBody
 from firebox.wire.training_proto import MEDIA_TYPE, model_id_of
 from firebox.wire.worker import SnapshotRef, WorkerAddress
@@ -291,6 +291,8 @@ class Root:
         if int(answer.headers.get("content-length", _SMALL + 1)) > _SMALL:
             return relayed(answer)
         content = await answer.aread()
+        if answer.status_code == 404:
+            raise Unavailable(f"request_id: {request_id!r} is not known to its trainer any more; that was restarted")
         if answer.status_code != 200:
             raise _told(content, answer.status_code)
         if MEDIA_TYPE in answer.headers.get("content-type", ""):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import sqlite3
 import tarfile
 import time
 import urllib.request
@@ -182,7 +183,7 @@ def test_pool_is_not_among_the_users_jobs(server, connect):
     assert "the server's own" in refused.json()["error"]["message"]
 
 
-def test_records_outlive_workers(connect, rest):
+def test_records_outlive_workers(server, connect, rest):
     service = connect()
     client = service.create_lora_training_client("tiny", rank=4, user_metadata={"note": "first"}).result()
     state = client.save_state("one_0.5", ttl_seconds=7200, user_metadata={"step": "1"}).result().path
@@ -219,8 +220,19 @@ def test_records_outlive_workers(connect, rest):
     assert [c.tinker_path for c in rest.list_checkpoints(client.model_id).result().checkpoints] == [state]
     with pytest.raises(tinker.NotFoundError, match="does not exist"):
         rest.delete_checkpoint_from_tinker_path(weights).result()
+    _expire(server, state)
+    assert rest.list_checkpoints(client.model_id).result().checkpoints == []
+    with pytest.raises(tinker.RequestFailedError, match="does not exist"):
+        service.create_training_client_from_state(state).result()
+    assert client.save_state("one_0.5").result().path == state, "its name is free again"
     with pytest.raises(tinker.NotFoundError, match="does not exist"):
         rest.get_training_run("session-0:train:0").result()
+
+
+def _expire(server: RunningServer, path: str) -> None:
+    """Let the time to live of a checkpoint be over; the shortest one that clients may ask for is an hour."""
+    with sqlite3.connect(server.data / "firebox.db") as database:
+        database.execute("UPDATE run_checkpoints SET expires_at = '2020-01-01T00:00:00Z' WHERE id = ?", (path,))
 
 
 def test_adapter_can_be_taken_away_without_a_key(server, connect, rest, tmp_path):

@@ -101,7 +101,8 @@ class TrainingRuns:
 
     async def _stop_trainer(self, account: str, ident: str, name: str) -> None:
         async with self._control.presence.lock(name):
-            if self._control.presence.loaded_in(name):
+            addresses = self._control.fleet.all(name)
+            if any(self._control.presence.loaded_in(address) for address in addresses):
                 self._control.presence.touch(name)  # its sessions live, they merely did not ask for anything
                 return
             row = await trainer_jobs.get(self._control, account, ident)

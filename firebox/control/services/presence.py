@@ -76,6 +76,6 @@ class Presence:
     def unload(self, run: str) -> None:
         self._loaded.pop(run, None)
 
-    def loaded_in(self, job_name: str) -> list[str]:
-        """The runs whose last known place is the pooled job `job_name`."""
-        return [run for run, place in self._loaded.items() if place.job_name == job_name]
+    def loaded_in(self, address: WorkerAddress) -> list[str]:
+        """The runs in the process at `address`."""
+        return [run for run, place in self._loaded.items() if place.address == address]

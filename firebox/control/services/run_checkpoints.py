@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -78,20 +79,22 @@ async def _all(control: Control, account: str, run: str | None) -> list[RunCheck
 
     runs, said = await control.db.run(work)
     for row in [row for row in said.values() if _is_over(row)]:
-        await delete(control, account, tinker.parse_path(row.id, field="path"))
+        await remove(control, account, tinker.parse_path(row.id, field="path"))
     jobs = {control.layout.job(account, row.job) for row in runs}
     known = {row.id for row in runs}
     return await asyncio.to_thread(lambda: [c for job in jobs for c in _scan(job, known, said)])
 
 
 async def delete(control: Control, account: str, path: CheckpointPath) -> None:
-    """Remove a checkpoint; one that is in use by a sampler stays usable there until that one needs its files again."""
+    """Remove a checkpoint; raises NotFound. A sampler that has its weights in memory may go on with them."""
+    await locate(control, account, path)
+    await remove(control, account, path)
+
+
+async def remove(control: Control, account: str, path: CheckpointPath) -> None:
+    """Remove a checkpoint and what was said about it, whether it is there or not."""
     directory = await _directory(control, account, path)
-    if not directory.exists():
-        await locate(control, account, path)
-    # Renamed first, so that nobody finds half of it.
-    grave = control.layout.staging / f"{path.artifact}.deleted"
-    await asyncio.to_thread(_bury, directory, grave)
+    await asyncio.to_thread(_bury, directory, control.layout.staging / uuid.uuid4().hex)
     await control.db.run(lambda session: _forget(session, account, path))
 
 
@@ -111,7 +114,7 @@ async def remove_own(control: Control, account: str, run: str) -> None:
     """Remove what the server itself saved of a run that is over: parked states, weights of unnamed samplers."""
     for found in await _all(control, account, run):
         if tinker.is_own(found.path):
-            await delete(control, account, found.path)
+            await remove(control, account, found.path)
 
 
 async def set_ttl(control: Control, account: str, path: CheckpointPath, ttl_seconds: int | None) -> None:
@@ -181,7 +184,7 @@ def _is_over(row: RunCheckpointRow) -> bool:
 
 
 def _bury(directory: Path, grave: Path) -> None:
-    shutil.rmtree(grave, ignore_errors=True)
+    """Remove a directory so that nobody ever finds half of it."""
     if directory.exists():
         directory.rename(grave)
         shutil.rmtree(grave)

@@ -148,7 +148,7 @@ async def park(control: Control, account: str, run: str) -> None:
         state = {"checkpoint": checkpoint.path, "next_seq_id": answer.next_seq_id}
         await _set(control, row, state=PARKED, worker=None, parked=state)
     if row.parked is not None:
-        await run_checkpoints.delete(control, account, tinker.parse_path(row.parked["checkpoint"], field="parked"))
+        await run_checkpoints.remove(control, account, tinker.parse_path(row.parked["checkpoint"], field="parked"))
 
 
 async def unload(control: Control, account: str, run: str) -> None:
