@@ -64,6 +64,32 @@ def check_datums(data: Sequence[Datum], required: Sequence[str], *, vocab_size: 
     return [_example(f"data[{i}]", datum, required, vocab_size, max_length) for i, datum in enumerate(data)]
 
 
+def check_tokens(where: str, datum: Datum, vocab_size: int, max_length: int) -> NDArray[np.int64]:
+    """A datum's tokens [T] int64; raises InvalidArgument as `check_datums` does."""
+    for i, chunk in enumerate(datum.model_input.chunks):
+        if chunk.type != "encoded_text":
+            raise InvalidArgument(f"{where}.model_input.chunks[{i}]: type {chunk.type!r} is not supported; send text")
+    pieces = [np.asarray(chunk.tokens, dtype=np.int64) for chunk in datum.model_input.chunks]
+    ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
+    if not len(ids):
+        raise InvalidArgument(f"{where}.model_input: there are no tokens")
+    if len(ids) > max_length:
+        raise InvalidArgument(
+            f"{where}.model_input: {len(ids)} tokens are more than the context of {max_length}; shorten the sequence"
+        )
+    return _check_ids(f"{where}.model_input", ids, vocab_size)
+
+
+def check_floats(field: str, tensor: TensorData, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The finite numbers of a tensor of that shape, as float32; raises InvalidArgument naming `field`."""
+    array = to_array(field, tensor).astype(np.float32, copy=False)
+    if array.shape != shape:
+        raise InvalidArgument(f"{field}: shape {list(array.shape)} must be {list(shape)}")
+    if not np.isfinite(array).all():
+        raise InvalidArgument(f"{field}: there is a NaN or an infinity; every value must be finite")
+    return array
+
+
 def pack(examples: Sequence[Example], budget: int, device: torch.device) -> Iterator[MicroBatch]:
     """Yield micro-batches of at most `budget` tokens.
 
@@ -142,7 +168,7 @@ def _from_csr(field: str, tensor: TensorData) -> Array:
 
 
 def _example(where: str, datum: Datum, required: Sequence[str], vocab_size: int, max_length: int) -> Example:
-    tokens = _tokens(where, datum, vocab_size, max_length)
+    tokens = check_tokens(where, datum, vocab_size, max_length)
     given = datum.loss_fn_inputs
     for name in ("target_tokens", *required):
         if name not in given:
@@ -153,26 +179,11 @@ def _example(where: str, datum: Datum, required: Sequence[str], vocab_size: int,
             raise InvalidArgument(f"{where}.loss_fn_inputs: {name!r} is not known; known inputs: {known}")
     targets = _targets(f"{where}.loss_fn_inputs.target_tokens", given["target_tokens"], len(tokens), vocab_size)
     inputs = {
-        name: _per_token(f"{where}.loss_fn_inputs.{name}", tensor, targets.shape)
+        name: check_floats(f"{where}.loss_fn_inputs.{name}", tensor, targets.shape)
         for name, tensor in given.items()
         if name != "target_tokens"
     }
     return Example(tokens, targets, inputs)
-
-
-def _tokens(where: str, datum: Datum, vocab_size: int, max_length: int) -> NDArray[np.int64]:
-    for i, chunk in enumerate(datum.model_input.chunks):
-        if chunk.type != "encoded_text":
-            raise InvalidArgument(f"{where}.model_input.chunks[{i}]: type {chunk.type!r} is not supported; send text")
-    pieces = [np.asarray(chunk.tokens, dtype=np.int64) for chunk in datum.model_input.chunks]
-    ids = np.concatenate(pieces) if pieces else np.zeros(0, np.int64)
-    if not len(ids):
-        raise InvalidArgument(f"{where}.model_input: there are no tokens")
-    if len(ids) > max_length:
-        raise InvalidArgument(
-            f"{where}.model_input: {len(ids)} tokens are more than the context of {max_length}; shorten the sequence"
-        )
-    return _check_ids(f"{where}.model_input", ids, vocab_size)
 
 
 def _targets(field: str, tensor: TensorData, length: int, vocab_size: int) -> NDArray[np.int64]:
@@ -192,13 +203,4 @@ def _check_ids(field: str, ids: Array, vocab_size: int) -> NDArray[np.int64]:
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise InvalidArgument(f"{field}: token id {bad} is outside the vocabulary of {vocab_size}")
-    return array
-
-
-def _per_token(field: str, tensor: TensorData, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    array = to_array(field, tensor).astype(np.float32, copy=False)
-    if array.shape != shape:
-        raise InvalidArgument(f"{field}: shape {list(array.shape)} must equal that of target_tokens, {list(shape)}")
-    if not np.isfinite(array).all():
-        raise InvalidArgument(f"{field}: there is a NaN or an infinity; every value must be finite")
     return array

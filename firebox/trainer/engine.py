@@ -22,7 +22,7 @@ import msgspec
 import torch
 
 from firebox.modeling.causal_lm import load_causal_lm
-from firebox.trainer import passes
+from firebox.trainer import embeddings, passes
 from firebox.trainer.checkpoint import (
     checkpoints_dir,
     find_checkpoint,
@@ -31,6 +31,7 @@ from firebox.trainer.checkpoint import (
     snapshots_dir,
 )
 from firebox.trainer.lora import Adapter
+from firebox.trainer.passes import PassResult
 from firebox.trainer.publish import publish, snapshot_kind
 from firebox.trainer.retained import Retained, memory_budget
 from firebox.trainer.state import ModelState
@@ -187,15 +188,20 @@ class Engine:
         # No backward pass can follow on frozen weights.
         retained = self._retained if state.parameters else None
         with state.active():
-            return passes.run(self._lm, request, self._spec.max_context_length, retained).output
+            return self._run(request, retained).output
 
     def _forward_backward(self, model_id: str, request: Forward) -> ForwardOutput:
         state = self._trainable(model_id, "forward_backward")
         self._retained.activate(state)
         with state.active(), state.accumulating():
-            result = passes.run(self._lm, request, self._spec.max_context_length, self._retained)
+            result = self._run(request, self._retained)
         state.count(result.num_loss_tokens, result.num_sequences)
         return result.output
+
+    def _run(self, request: Forward, retained: Retained | None) -> PassResult:
+        if embeddings.wanted(request):
+            return embeddings.run(self._lm, request, self._spec.max_context_length)
+        return passes.run(self._lm, request, self._spec.max_context_length, retained)
 
     def _optim_step(self, model_id: str, step: OptimStep) -> OptimStepOutput:
         state = self._trainable(model_id, "optim_step")

@@ -81,7 +81,7 @@ def _score(
 ) -> Iterator[_Scored]:
     for batch in pack(examples, token_budget(lm.vocab_size), lm.device):
         with recording.watch() if recording else torch.set_grad_enabled(request.backward):
-            logits = _logits(lm, batch)
+            logits = lm.logits(hidden_states(lm, batch))
             logprobs = logprobs_of(logits, batch.targets)
         if recording:
             recording.add(batch.indices, logprobs)
@@ -94,9 +94,9 @@ def _again(kept: Sequence[Kept], examples: Sequence[Example]) -> Iterator[_Score
         yield _Scored(join(examples, indices, logprobs.device), logprobs, {})
 
 
-def _logits(lm: CausalLM, batch: MicroBatch) -> Tensor:
-    hidden = lm.hidden(batch.tokens, packed_positions(batch.lengths, lm.device), PackedCausal(batch.lengths))
-    return lm.logits(hidden)
+def hidden_states(lm: CausalLM, batch: MicroBatch) -> Tensor:
+    """The model's last hidden states [T, D] of a micro-batch."""
+    return lm.hidden(batch.tokens, packed_positions(batch.lengths, lm.device), PackedCausal(batch.lengths))
 
 
 def _differentiate(
