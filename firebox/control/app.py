@@ -38,7 +38,7 @@ from firebox.control.routes import (
 from firebox.control.services.context import Control
 from firebox.launch.api import Launcher
 from firebox.launch.probe import ask
-from firebox.wire.errors import FireboxError, InvalidArgument, NotFound, envelope
+from firebox.wire.errors import FireboxError, Internal, InvalidArgument, NotFound, envelope
 from firebox.wire.worker import ReplicaStatus, WorkerAddress
 
 _PROBE_S = 20.0
@@ -97,6 +97,7 @@ def _build_app(control: Control) -> FastAPI:
     app.add_exception_handler(FireboxError, _on_firebox_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
     return app
 
 
@@ -119,6 +120,11 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     if error.status_code != 404:
         shown = InvalidArgument(f"{request.method} {request.url.path}: {error.detail}")
     return JSONResponse(envelope(shown), status_code=error.status_code, headers=error.headers)
+
+
+async def _on_bug(_request: Request, error: Exception) -> JSONResponse:
+    """The answer to a bug of ours; the framework raises the error again, for the gateway to log it."""
+    return JSONResponse(envelope(Internal(f"the server failed on this request: {type(error).__name__}")), 500)
 
 
 async def _post(address: WorkerAddress, path: str, body: bytes) -> bytes:

@@ -17,6 +17,8 @@ from alembic.config import Config
 from sqlalchemy import StaticPool, create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
+from firebox.wire.errors import InvalidArgument
+
 T = TypeVar("T")
 
 
@@ -37,7 +39,10 @@ class Database:
             command.upgrade(config, "head")
 
     async def run(self, work: Callable[[Session], T]) -> T:
-        """Run `work` in one transaction; rows it returns stay readable afterwards."""
+        """Run `work` in one transaction; rows it returns stay readable afterwards.
+
+        Raises what `work` raises, and InvalidArgument for a text that cannot be stored.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
 
     def close(self) -> None:
@@ -45,8 +50,11 @@ class Database:
         self._engine.dispose()
 
     def _transact(self, work: Callable[[Session], T]) -> T:
-        with self._sessions.begin() as session:
-            return work(session)
+        try:
+            with self._sessions.begin() as session:
+                return work(session)
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no text encoding can
+            raise InvalidArgument(f"a text in this request is not valid Unicode: {error.object!r}") from error
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:

@@ -235,7 +235,7 @@ class SampleAddress(_Body):
 
     sampling_session_id: str
     seq_id: int = Field(ge=0)
-    num_samples: int = Field(default=1, ge=1)
+    num_samples: int = Field(default=1, ge=1, le=1024)
 
 
 class WeightsInfoQuery(_Body):
