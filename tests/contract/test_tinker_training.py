@@ -92,6 +92,25 @@ def test_two_runs_of_different_rank_do_not_touch_each_other(connect):
     assert loss(alone, datum(60)) == loss(large, datum(60))
 
 
+def test_samples_come_from_the_weights_that_were_trained(connect):
+    service = connect()
+    client = service.create_lora_training_client("tiny", rank=4, seed=3).result()
+    tokens = list(range(5, 30))
+    trained, sampled = [], []
+    samplers = []
+    for _ in range(2):
+        train(client, datum())
+        passed = client.forward([datum()], "cross_entropy").result()
+        trained.append(passed.loss_fn_outputs[0]["logprobs"].data)
+        samplers.append(client.save_weights_and_get_sampling_client().result())
+    for sampler in samplers:
+        sampled.append(sampler.compute_logprobs(types.ModelInput.from_ints(tokens)).result())
+    for ours, theirs in zip(trained, sampled, strict=True):
+        assert theirs[0] is None
+        assert theirs[1:] == pytest.approx(ours, abs=1e-5)
+    assert sampled[0] != sampled[1]
+
+
 def test_saved_state_goes_on_as_if_nothing_had_happened(connect):
     service = connect()
     client = service.create_lora_training_client("tiny", rank=4, seed=3).result()
