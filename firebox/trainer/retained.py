@@ -16,6 +16,7 @@ import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
@@ -27,6 +28,10 @@ from firebox.trainer.state import ModelState
 
 _SHARE_OF_MEMORY: Final = 8
 _MAX_REMEMBERED: Final = 1024
+_CONTAINER_LIMITS: Final = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 
 class Kept(NamedTuple):
@@ -136,10 +141,12 @@ class Recording:
 
 
 def memory_budget(device: torch.device) -> int:
-    """How many bytes kept passes may hold: an eighth of the device's memory."""
+    """How many bytes kept passes may hold: an eighth of the memory that the device, or this container, has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // _SHARE_OF_MEMORY
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _SHARE_OF_MEMORY
+    limits = [path.read_text().strip() for path in _CONTAINER_LIMITS if path.exists()]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(int(limit) for limit in limits if limit.isdigit())]) // _SHARE_OF_MEMORY
 
 
 def _key(examples: Sequence[Example]) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from proofs import Record
 
 from firebox.modeling.causal_lm import CausalLM
+from firebox.trainer import retained
 from firebox.trainer.engine import Engine
 from firebox.trainer.retained import Retained
 from firebox.wire.training import (
@@ -96,7 +97,7 @@ def request(weights: list[np.ndarray], *, backward: bool, seed: int) -> Forward:
     for own in weights:
         row = rng.integers(0, 1000, len(own) + 1)
         inputs = {
-            "target_tokens": TensorData(data=row[1:], dtype="int64"),
+            "target_tokens": TensorData(data=row[1:].copy(), dtype="int64"),
             "weights": TensorData(data=own, dtype="float32"),
         }
         data.append(Datum(model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]), loss_fn_inputs=inputs))
@@ -148,9 +149,16 @@ def test_another_active_model_drops_what_was_kept(tiny_dir: Path, tmp_path: Path
     assert used(trainer.custom()), "being pushed out teaches nothing"
 
 
-def test_other_tokens_do_not_match(trainer: Trainer):
-    trainer.forward(zeros(), backward=False, seed=1)
-    assert not used(trainer.forward(zeros(), backward=True, seed=2))
+@pytest.mark.parametrize("changed", ["tokens", "targets"])
+def test_other_data_does_not_match(trainer: Trainer, changed: str):
+    trainer.do(request(zeros(), backward=False, seed=1))
+    again = request(zeros(), backward=True, seed=1)
+    datum = again.data[-1]
+    array = datum.model_input.chunks[0].tokens if changed == "tokens" else datum.loss_fn_inputs["target_tokens"].data
+    array[0] += 1
+    result = trainer.do(again)
+    assert isinstance(result, ForwardOutput)
+    assert not used(result)
 
 
 def test_chunks_come_back_in_their_order(trainer: Trainer):
@@ -183,3 +191,13 @@ def test_the_measured_size_is_that_of_the_graph(trainer: Trainer):
     lm: CausalLM = trainer.engine._lm
     logits = 4 * sum(LENGTHS) * lm.vocab_size
     assert logits < recording.num_bytes < 40 * logits
+
+
+def test_a_container_has_less_memory_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = retained.memory_budget(torch.device("cpu"))
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(retained, "_CONTAINER_LIMITS", (limit, tmp_path / "absent"))
+    for text, expected in (("max", None), ("8000000", 1_000_000)):
+        limit.write_text(f"{text}\n")
+        budget = retained.memory_budget(torch.device("cpu"))
+        assert budget == expected if expected else budget >= whole
