@@ -56,6 +56,12 @@ def test_no_unfinished_marks() -> None:
     assert [_name(p) for p in SOURCES if marks.search(p.read_text())] == []
 
 
+def test_test_modules_have_names_of_their_own() -> None:
+    """Test folders are no packages, so two modules of one name cannot be collected together."""
+    names = [p.name for p in TRACKED if _name(p).startswith("tests/") and p.suffix == ".py" and p.stem != "__init__"]
+    assert sorted(n for n in set(names) if names.count(n) > 1 and n != "conftest.py") == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
