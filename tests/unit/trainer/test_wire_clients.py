@@ -96,6 +96,7 @@ def life(client: Any, types: Any, count: int, name: str) -> list[Any]:
     told.append(numbers(client.forward_backward(data, "importance_sampling").result()))
     custom = client.forward_backward_custom(bare(data, types), custom_loss).result()
     told.append(custom.metrics["entropy:sum"])
+    assert custom.metrics["reused_forward:sum"] > 0
     client.optim_step(adam).result()
     told.append(numbers(client.forward(data, "cross_entropy", {"top_k": 3}).result()))
     saved = client.save_state(name).result().path
