@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 STRICT := firebox/wire firebox/control firebox/gateway training
 
-.PHONY: demo test check prove up bench compat clean help
+.PHONY: demo test check prove up bench endpoints compat clean help
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -45,6 +45,9 @@ up: $(READY)  ## start the server
 
 bench: $(READY)  ## ratios against peers, side by side
 	$(BIN)/python -m benchmarks
+
+endpoints: $(READY)  ## every endpoint through both SDKs, plain and over a bad network, as a table
+	FIREBOX_PROVE=1 $(BIN)/python -m pytest -s tests/contract/test_every_endpoint.py
 
 compat: $(READY)  ## genuine clients of several generations; writes docs/reference/compat.md
 	$(BIN)/python tests/compat
