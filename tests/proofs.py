@@ -100,5 +100,6 @@ def _machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    about = [names[0] if names else platform.machine(), f"{cores} cores", f"Python {platform.python_version()}"]
-    return ", ".join([*about, f"torch {torch.__version__}"])
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    about = [names[0] if names else platform.machine(), f"{cores} cores", f"{memory_gib:.0f} GiB"]
+    return ", ".join([*about, f"Python {platform.python_version()}", f"torch {torch.__version__}"])

@@ -191,13 +191,39 @@ def test_unknown_names_are_answered_with_the_known_ones(server: RunningServer) -
         )
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": 5}', b"\xff\xfe", b"[" * 10_000])
+MALFORMED = [b"", b"{", b"[]", b'{"model": 5}', b"\xff\xfe", b"[" * 10_000]
+
+
+def refused(server: RunningServer, url: str, body: bytes) -> None:
+    answer_ = server.ask(
+        "POST", url.removeprefix(server.url), content=body, headers={"Content-Type": "application/json"}
+    )
+    assert 400 <= answer_.status_code < 500, f"{url}: {answer_.status_code} {answer_.text}"
+    assert answer_.json()["error"]["message"] if "error" in answer_.json() else answer_.json()
+
+
+@pytest.mark.parametrize("body", MALFORMED)
 def test_malformed_json_is_the_callers_mistake_and_the_server_lives(server: RunningServer, body: bytes) -> None:
-    paths = ["/v1/accounts/local/rlorTrainerJobs", "/v1/accounts/local/deployments", "/v1/accounts/local/models",
-             "/inference/v1/completions", "/inference/v1/chat/completions",
-             "/training/v1/rlorTrainerJobs/local/no/api/v1/forward_backward"]  # fmt: skip
-    for path in paths:
-        answer_ = server.ask("POST", path, content=body, headers={"Content-Type": "application/json"})
-        assert 400 <= answer_.status_code < 500, f"{path}: {answer_.status_code} {answer_.text}"
-        assert answer_.json()["error"]["message"] if "error" in answer_.json() else answer_.json()
+    for path in (
+        "/v1/accounts/local/rlorTrainerJobs",
+        "/v1/accounts/local/deployments",
+        "/v1/accounts/local/models",
+        "/hot_load/v1/models/hot_load",
+        "/inference/v1/completions",
+        "/inference/v1/chat/completions",
+        "/training/v1/rlorTrainerJobs/local/no/api/v1/forward_backward",
+    ):
+        refused(server, path, body)
     assert server.ask("GET", "/v1/accounts/local/models").status_code == 200
+
+
+def test_malformed_json_does_not_harm_a_running_trainer(server: RunningServer) -> None:
+    """Bodies that cannot be read never enter the session: the client's next operation gets the answer it had before."""
+    trainers = TrainerJobManager(api_key=server.key, base_url=server.url)
+    with trainer(server, trainers) as (endpoint, _, client):
+        before = client.forward([datum(1)], "cross_entropy").result(timeout=60)
+        for operation in ("forward_backward", "optim_step", "save_weights", "create_model", "retrieve_future"):
+            for body in MALFORMED:
+                refused(server, f"{endpoint.base_url}/api/v1/{operation}", body)
+        after = client.forward([datum(1)], "cross_entropy").result(timeout=60)
+        assert after.loss_fn_outputs[0]["logprobs"].data == before.loss_fn_outputs[0]["logprobs"].data

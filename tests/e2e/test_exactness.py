@@ -13,6 +13,7 @@ from proofs import Record, count
 from running import MODEL, RunningServer
 from safetensors.numpy import load_file
 
+from firebox.trainer.checkpoint import find_checkpoint, read_checkpoint_tensors
 from training.utils import DeployConfig, InfraConfig, ReconnectableClient, Workspace, load_state
 from training.utils.datums import build_datum
 
@@ -74,24 +75,45 @@ def test_sampled_logprobs_equal_the_trainers(
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     server: RunningServer, workspace: Workspace, lora_rank: int, record: Record
 ) -> None:
-    """Train 2, save, new job, load, train 2 gives the weights and the state of train 4."""
+    """Train 2, save, new job, load, train 2 gives what train 4 gives: log-probs, published weights, saved state."""
     shape = SHAPE + "-lora" * bool(lora_rank)
     whole, first, second = (trainer(workspace, shape, lora_rank) for _ in range(3))
-    if lora_rank:
-        # Adapters begin at random: all three start from the same one.
-        first.save_state("start")
-        start = first.resolve_checkpoint_path("start", source_job_id=first.job_id)
-        load_state(whole, start, 60, with_optimizer=True)
+    # Adapters and random states begin at random: both runs start from one of each.
+    first.save_state("start")
+    load_state(whole, first.resolve_checkpoint_path("start", source_job_id=first.job_id), 60, with_optimizer=True)
     train(whole, 1, 2, 3, 4)
     train(first, 1, 2)
     first.save_state("half")
     load_state(second, first.resolve_checkpoint_path("half", source_job_id=first.job_id), 60, with_optimizer=True)
     train(second, 3, 4)
-    expected, got = weights(server, whole), weights(server, second)
-    assert expected.keys() == got.keys()
-    assert [name for name, value in expected.items() if value.tobytes() != got[name].tobytes()] == []
-    assert any(value.tobytes() != weights(server, first)[name].tobytes() for name, value in expected.items())
-    record("tensors equal bit for bit", len(expected))
+    half, expected, got = (weights(server, client) for client in (first, whole, second))
+    assert different(expected, got) == []
+    assert different(expected, half), "two more steps changed nothing"
+    states = [saved_state(server, client) for client in (whole, second)]
+    assert any(name.startswith("optimizer/") for name in states[0])
+    assert different(*states) == []
+    assert logprobs(whole) == logprobs(second) != logprobs(first)
+    record("published tensors equal bit for bit", len(expected))
+    record("saved tensors equal bit for bit, optimizer included", len(states[0]))
+
+
+def different(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[str]:
+    """Names of the tensors that are not the same bytes in both."""
+    assert a.keys() == b.keys()
+    return [name for name, value in a.items() if value.tobytes() != b[name].tobytes()]
+
+
+def logprobs(client: ReconnectableClient) -> list[float]:
+    (output,) = client.forward([build_datum(list(range(40)))]).loss_fn_outputs
+    return list(output["logprobs"].data)
+
+
+def saved_state(server: RunningServer, client: ReconnectableClient) -> dict[str, np.ndarray]:
+    """Everything a checkpoint of this moment holds, random state included."""
+    client.save_state("end")
+    jobs = server.data / "jobs" / "local"
+    tensors = read_checkpoint_tensors(*find_checkpoint("end", jobs / client.job_id, jobs))
+    return {name: value.numpy() for name, value in tensors.items()}
 
 
 def weights(server: RunningServer, client: ReconnectableClient) -> dict[str, np.ndarray]:

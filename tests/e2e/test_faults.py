@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fireworks.training.sdk import RequestFailedError
+from fireworks.training.sdk import TrainingError
 from proofs import Record, count
 from running import MODEL, RunningServer, running
 
@@ -21,6 +22,8 @@ from training.utils.datums import build_datum
 
 SHAPE = "accounts/local/trainingShapes/tiny-cpu"
 ORPHANS_GONE_WITHIN_S = 10
+SAVE_S = 0.06
+"""About what a save of this model takes; the kills are spread over it."""
 
 
 def enter(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Workspace:
@@ -51,25 +54,25 @@ def wait_until(happened: Callable[[], bool], within_s: float, what: str) -> floa
 def test_a_save_killed_half_way_leaves_the_one_before(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
-    """The trainer dies as soon as the new checkpoint's first file appears: only the old one is listed, and it loads."""
-    cut, rounds = 0, count(2, 20)
+    """The trainer dies at any moment of a save: what is listed is whole and loads, and the old one is always there."""
+    half_way, rounds = 0, count(2, 20)
     rng = random.Random(0)
-    for _ in range(rounds):
+    for number in range(rounds):
+        delay_s = SAVE_S * (number + rng.random()) / rounds
         with enter(server, monkeypatch) as workspace:
             client = trainer(workspace)
             expected = loss(client)
             client.save_state("good")
             folder = server.data / "jobs" / "local" / client.job_id / "checkpoints"
             pid = server.pid_of(client.endpoint.job_name)
-            killer = threading.Thread(target=_kill_during_save, args=(folder, pid, rng.uniform(0, 0.01)))
+            killer = threading.Thread(target=_kill_during_save, args=(folder, pid, delay_s))
             killer.start()
-            try:
+            with contextlib.suppress(TrainingError):  # which one depends on the moment; never a wait in vain
                 client.inner.save_state("cut").result(timeout=60)
-            except (RequestFailedError, TimeoutError, RuntimeError):
-                cut += 1
             killer.join(60)
             listed = [entry["name"].rpartition("/")[2] for entry in workspace.trainers.list_checkpoints(client.job_id)]
-            assert listed in (["good"], ["good", "cut"])  # the kill may come after the commit, never half way
+            assert listed in (["good"], ["good", "cut"])  # a kill may come after the commit
+            half_way += listed == ["good"]
             resumed = trainer(workspace)
             for name in listed:
                 load_state(
@@ -77,8 +80,8 @@ def test_a_save_killed_half_way_leaves_the_one_before(
                 )
                 assert loss(resumed) == expected
     record("kills", rounds)
-    record("saves that were cut off", cut)
-    assert cut > 0
+    record("of them before the commit", half_way)
+    assert half_way > 0
 
 
 def _kill_during_save(folder: Path, pid: int, delay_s: float) -> None:
@@ -88,9 +91,10 @@ def _kill_during_save(folder: Path, pid: int, delay_s: float) -> None:
 
 
 @pytest.mark.prove
-def test_no_worker_outlives_a_killed_server_and_its_saves_do(
+def test_no_worker_outlives_its_server_but_saves_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
+    """kill -9: no worker is left after 10 s, and a server on the same data finds the save. SIGTERM: none at once."""
     with running(tmp_path) as server:
         workspace = enter(server, monkeypatch)
         client = trainer(workspace)
@@ -106,12 +110,17 @@ def test_no_worker_outlives_a_killed_server_and_its_saves_do(
         record("seconds until the last worker was gone", gone_s)
 
         server.start()
-        with enter(server, monkeypatch) as again:
-            job = again.trainers.get(client.job_id)
-            assert job["state"] == "JOB_STATE_FAILED"
-            assert "kept" in str(job), "the job should name the checkpoint to resume from"
-            resumed = trainer(again)
-            load_state(
-                resumed, resumed.resolve_checkpoint_path("kept", source_job_id=client.job_id), 60, with_optimizer=True
-            )
-            assert loss(resumed) == expected
+        again = enter(server, monkeypatch)
+        job = again.trainers.get(client.job_id)
+        assert job["state"] == "JOB_STATE_FAILED"
+        assert "kept" in str(job), "the job should name the checkpoint to resume from"
+        resumed = trainer(again)
+        load_state(
+            resumed, resumed.resolve_checkpoint_path("kept", source_job_id=client.job_id), 60, with_optimizer=True
+        )
+        assert loss(resumed) == expected
+
+        workers = server.workers()
+        assert len(workers) == 1
+        server.end(signal.SIGTERM)
+        assert not any(started_at(pid) for pid in workers)

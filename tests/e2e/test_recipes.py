@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from running import MODEL, RunningServer
 
 from training.recipes import rl_loop, sft_loop
 from training.utils import DeployConfig, InfraConfig, OptimConfig, RolloutConfig, WeightSyncConfig
+from training.utils.data import load_chats, split
+from training.utils.render import load_tokenizer, render_chat
 
 DATA = Path(os.environ.get("FIREBOX_TEST_DATA") or "/nonexistent")
 INFRA = InfraConfig(training_shape_id="accounts/local/trainingShapes/tiny-cpu")
@@ -56,8 +59,20 @@ def test_sft_on_real_chats_beats_counting_tokens(
     record("held-out loss before, nats per token", first["eval/loss"])
     record("held-out loss after, nats per token", metrics["eval/loss"])
     record("held-out loss of a unigram, nats per token", metrics["eval/unigram_loss"])
+    assert metrics["eval/unigram_loss"] == pytest.approx(unigram_loss(config), rel=1e-9)
     assert metrics["eval/loss"] < metrics["eval/unigram_loss"] < first["eval/loss"]
     assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def unigram_loss(config: sft_loop.Config) -> float:
+    """What the counts of the 80 rows' targets, plus one each, make of the targets of the 20: nats per token."""
+    tokenizer = load_tokenizer(config.tokenizer_model)
+    train, held_out = (
+        [token for row in side for token in render_chat(tokenizer, row).trained_tokens]
+        for side in split(load_chats(config.dataset)[: config.max_rows], config.eval_fraction, config.seed)
+    )
+    seen, num_outcomes = Counter(train), len(train) + len(tokenizer)
+    return -sum(math.log((seen[token] + 1) / num_outcomes) for token in held_out) / len(held_out)
 
 
 @pytest.mark.prove
