@@ -21,6 +21,14 @@ def up(
     idle_minutes: Annotated[
         float, typer.Option(help="Put away Tinker sessions and their workers after this silence.", min=0.01)
     ] = 10.0,
+    allow_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Let load_adapter read PEFT directories beneath this one. May be repeated.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
 ) -> None:
     """Start the server.
 
@@ -28,4 +36,5 @@ def up(
     """
     from firebox.cli.up import run
 
-    run(data_dir.expanduser().resolve(), host, port, model or [], idle_minutes * 60)
+    allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
+    run(data_dir.expanduser().resolve(), host, port, model or [], idle_minutes * 60, allow_dirs)

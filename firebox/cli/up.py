@@ -42,10 +42,18 @@ _BACKLOG = 2048
 _SHUTDOWN_S = 2
 
 
-def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path], idle_s: float = 600.0) -> None:
+def run(
+    data_dir: Path,
+    host: str,
+    port: int,
+    model_dirs: Sequence[Path],
+    idle_s: float = 600.0,
+    allow_dirs: Sequence[Path] = (),
+) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
+    Trainers may read adapters beneath `allow_dirs`.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "alembic"):
@@ -55,14 +63,21 @@ def run(data_dir: Path, host: str, port: int, model_dirs: Sequence[Path], idle_s
     lock = ServerLock(layout.lock)
     try:
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(layout, listener, host, model_dirs, idle_s))
+            asyncio.run(_serve(layout, listener, host, model_dirs, idle_s, allow_dirs))
     finally:
         lock.release()
 
 
-async def _serve(layout: Layout, listener: socket.socket, host: str, model_dirs: Sequence[Path], idle_s: float) -> None:
+async def _serve(
+    layout: Layout,
+    listener: socket.socket,
+    host: str,
+    model_dirs: Sequence[Path],
+    idle_s: float,
+    allow_dirs: Sequence[Path],
+) -> None:
     clear_staging(layout)
-    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock), idle_s)
+    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock), idle_s, allow_dirs)
     context = control.context
     new_key = await accounts.first_start(context)
     keys = await accounts.load_keys(context)

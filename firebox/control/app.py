@@ -7,6 +7,8 @@ says in `scope["account"]` who it is.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -48,12 +50,18 @@ _ASK_S = 600.0
 class ControlPlane:
     """The database, the reconcilers and the routes of one data directory. `start` needs a running event loop.
 
-    After `idle_s` seconds without a request, sessions are put to sleep and pools are stopped.
+    After `idle_s` seconds without a request, sessions are put to sleep and pools are stopped. Trainers may read
+    adapters beneath `allow_dirs`.
     """
 
-    def __init__(self, layout: Layout, launcher: Launcher, idle_s: float) -> None:
+    def __init__(self, layout: Layout, launcher: Launcher, idle_s: float, allow_dirs: Sequence[Path] = ()) -> None:
         self.context = Control(
-            db=Database(layout.database), layout=layout, templates=load_templates(), probe=_replica_status, ask=_post
+            db=Database(layout.database),
+            layout=layout,
+            templates=load_templates(),
+            probe=_replica_status,
+            ask=_post,
+            allow_dirs=allow_dirs,
         )
         self.app = _build_app(self.context)
         self._launcher = launcher

@@ -24,8 +24,11 @@ class Layout:
         for folder in (self.run, self.staging):
             folder.mkdir(mode=0o700, exist_ok=True)
 
+    def models(self, account: str) -> Path:
+        return self.root / "models" / account
+
     def model(self, account: str, model: str) -> Path:
-        return self.root / "models" / account / model
+        return self.models(account) / model
 
     def jobs(self, account: str) -> Path:
         return self.root / "jobs" / account

@@ -101,6 +101,9 @@ def _write_full(directory: Path, manifest: SnapshotManifest, model_dir: Path, ou
     config = json.loads((out_dir / "config.json").read_text())
     config.pop("torch_dtype", None)
     config["dtype"] = manifest.dtype
+    if manifest.untied_head:
+        for part in (config, config.get("text_config", {})):
+            part["tie_word_embeddings"] = False
     (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -203,7 +203,8 @@ class Root:
                 await self._calls.sampler_of_run(account, sampler, path)
             else:
                 raise InvalidArgument("path: a name for the checkpoint is needed, for example 'step-10'")
-            return msgspec.json.decode(raw, type=dict[str, Any]) | {"path": path.artifact}
+            # How long it is kept is this side's business.
+            return msgspec.json.decode(raw, type=dict[str, Any]) | {"path": path.artifact, "ttl_seconds": None}
 
         route = "/api/v1/save_weights" if kind == "training" else "/api/v1/save_weights_for_sampler"
         return await self._rewritten(request, route, _decode(raw, _Addressed), translate)

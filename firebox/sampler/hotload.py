@@ -14,11 +14,10 @@ requests are refused until a whole snapshot is loaded.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors import safe_open
@@ -27,24 +26,12 @@ from torch import Tensor, nn
 from firebox.modeling.causal_lm import CausalLM, load_causal_lm
 from firebox.sampler.engine import Engine, Swap
 from firebox.weights.manifest import PROBE_TOLERANCE, Probe, SnapshotManifest, read_snapshot, verify
+from firebox.weights.peft import Factors, read_peft
 from firebox.wire.errors import FailedPrecondition, FireboxError, Unavailable
 from firebox.wire.worker import HotloadCommand, HotloadStage, ReplicaStatus, SamplerSpec, SnapshotRef
 
 _DRAIN_DEADLINE_S: Final = 600.0
 """How long a SYNC swap waits for the requests in flight before it gives up."""
-
-_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
-_PEFT_PREFIX: Final = "base_model.model."
-# What a merge of plain low-rank updates would get wrong, with the values that ask for nothing.
-_ADAPTER_NEUTRAL: Final[dict[str, Any]] = {
-    "use_rslora": False,
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-}
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +165,8 @@ class _LiveWeights:
 
     An adapter stands on the base model, not on whatever was loaded before: `_changed` names the weights that differ
     from the base model now, and so must be restored by the next adapter. Where a model ties its head to its embedding,
-    an adapter of the head gives the head a weight of its own until the next load; the embedding stays as it is.
+    an adapter of the head, alone or merged into full weights, gives the head a weight of its own until the next load;
+    the embedding stays as it is.
     """
 
     def __init__(self, spec: SamplerSpec, lm: CausalLM) -> None:
@@ -205,6 +193,9 @@ class _LiveWeights:
         staged: dict[str, Tensor] = {}
         for name, tensor in _read([directory / e.path for e in manifest.files if e.path.endswith(".safetensors")]):
             self._check(name, tensor)
+            if manifest.untied_head and name == self._tied_head:
+                staged[name] = tensor
+                continue
             known = staged.setdefault(self._canonical[name], tensor)
             if known is not tensor and not torch.equal(known, tensor):
                 raise _mismatch(f"{name}: differs from {self._canonical[name]}, to which this model ties it")
@@ -251,24 +242,15 @@ class _LiveWeights:
 
     def _merged(self, directory: Path) -> dict[str, Tensor]:
         """W + scale * B @ A, in float32 from the base model's W; and W itself where an earlier load changed it."""
-        config = json.loads((directory / "adapter_config.json").read_text())
-        for name, neutral in _ADAPTER_NEUTRAL.items():
-            if config.get(name, neutral) != neutral:
-                raise _mismatch(f"adapter_config.json: {name}={config[name]!r} is not supported, only {neutral!r}")
-        scale = config["lora_alpha"] / config["r"]
-        factors = dict(_read([directory / "adapter_model.safetensors"]))
+        adapter = read_peft(directory)
         staged = self.base()
         if self._base is None:
             self._base = self._load_base()
-        for key in sorted(factors):
-            target = key.removeprefix(_PEFT_PREFIX).replace(_LORA_A, ".weight")
-            if key.endswith(_LORA_B) and key.replace(_LORA_B, _LORA_A) in factors:
-                continue
-            b = factors.get(key.replace(_LORA_A, _LORA_B))
-            known = target in self._tensors or target == self._tied_head
-            if not key.endswith(_LORA_A) or not known or b is None:
-                raise _mismatch(f"{key}: not a LoRA factor of any weight of this model")
-            staged[target] = _merge(key, self._base[self._canonical[target]], factors[key], b, scale)
+        for layer, factors in adapter.factors.items():
+            target = f"{layer}.weight"
+            if target not in self._tensors and target != self._tied_head:
+                raise _mismatch(f"{layer}: the adapter has factors for it, but this model has no such layer")
+            staged[target] = _merge(layer, self._base[self._canonical[target]], factors, adapter.scale)
         return staged
 
     def _load_base(self) -> dict[str, Tensor]:
@@ -276,9 +258,10 @@ class _LiveWeights:
         return {name: tensor for name, tensor in model.state_dict().items() if name in self._tensors}
 
 
-def _merge(key: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != tuple(weight.shape):
-        raise _mismatch(f"{key}: factors {list(b.shape)} x {list(a.shape)} do not fit the weight {list(weight.shape)}")
+def _merge(layer: str, weight: Tensor, factors: Factors, scale: float) -> Tensor:
+    a, b = factors
+    if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+        raise _mismatch(f"{layer}: factors {list(b.shape)} x {list(a.shape)} do not fit its {list(weight.shape)}")
     return (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
 
 

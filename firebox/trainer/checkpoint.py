@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from firebox.weights.manifest import (
+    MANIFEST_NAME,
     CheckpointManifest,
     committed_dir,
     describe,
@@ -31,7 +32,9 @@ from firebox.weights.manifest import (
     verify,
 )
 from firebox.wire.errors import FailedPrecondition, NotFound
-from firebox.wire.names import check_snapshot_id, parse_state_ref
+from firebox.wire.names import check_snapshot_id, parse_state_ref, split_resource
+from firebox.wire.tinker import parse_path
+from firebox.wire.worker import TrainerSpec
 
 _ALONE: Final = "torch.distributed is disabled"
 
@@ -65,14 +68,13 @@ def save_checkpoint(job_dir: Path, tensors: dict[str, Tensor], manifest: Checkpo
         seal(scratch, msgspec.structs.replace(manifest, files=describe(scratch)))
 
 
-def find_checkpoint(ref: str, job_dir: Path, jobs_dir: Path) -> tuple[Path, CheckpointManifest]:
-    """The directory and manifest of a checkpoint of this job, or of another by `cross_job://<job>/<name>`.
+def find_checkpoint(ref: str, spec: TrainerSpec) -> tuple[Path, CheckpointManifest]:
+    """The directory and manifest of a checkpoint of this job, or of another of its account, deleted ones included.
 
     Raises InvalidArgument for a malformed reference, FailedPrecondition when a sampler snapshot has that name, NotFound
     with the known names otherwise.
     """
-    job, name = parse_state_ref(ref)
-    source = job_dir if job is None else jobs_dir / job
+    source, name = _source(ref, spec)
     directory = checkpoints_dir(source) / name
     manifest = read_checkpoint(directory)
     if manifest is not None:
@@ -80,11 +82,22 @@ def find_checkpoint(ref: str, job_dir: Path, jobs_dir: Path) -> tuple[Path, Chec
     if read_snapshot(snapshots_dir(source) / name) is not None:
         raise FailedPrecondition(
             f"path: {ref!r} is a sampler snapshot, which has no training state; "
-            "load_state takes a name saved with save_state",
+            "load_state takes a name saved with save_state, and load_adapter an adapter that was promoted",
             reason="NOT_A_CHECKPOINT",
         )
     known = ", ".join(list_checkpoints(source)) or "none"
     raise NotFound(f"path: there is no checkpoint {ref!r}; saved ones: {known}", reason="CHECKPOINT_NOT_FOUND")
+
+
+def _source(ref: str, spec: TrainerSpec) -> tuple[Path, str]:
+    jobs_dir = Path(spec.jobs_dir)
+    if ref.startswith("tinker://"):
+        path = parse_path(ref, field="path")
+        # The name of what a training run saved is unique, whichever pooled trainer the run lived in.
+        homes = jobs_dir.glob(f"*/*/{path.artifact}/{MANIFEST_NAME}")
+        return next((home.parents[2] for home in homes), Path(spec.job_dir)), path.artifact
+    job, name = parse_state_ref(ref, split_resource(spec.job, "rlorTrainerJobs")[0])
+    return (Path(spec.job_dir) if job is None else jobs_dir / job), name
 
 
 def read_checkpoint_tensors(directory: Path, manifest: CheckpointManifest) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import torch
 
 from firebox.modeling.causal_lm import load_causal_lm
 from firebox.trainer import embeddings, passes
+from firebox.trainer.adapter_source import find_adapter
 from firebox.trainer.checkpoint import (
     checkpoints_dir,
     find_checkpoint,
@@ -32,18 +33,20 @@ from firebox.trainer.checkpoint import (
 )
 from firebox.trainer.lora import Adapter
 from firebox.trainer.passes import PassResult
-from firebox.trainer.publish import publish, snapshot_kind
+from firebox.trainer.publish import publish, snapshot_dtype, snapshot_kind
 from firebox.trainer.retained import Retained, memory_budget
 from firebox.trainer.state import ModelState
 from firebox.weights.manifest import CheckpointManifest, sweep_scratch
 from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound
 from firebox.wire.names import check_snapshot_id
 from firebox.wire.training import (
+    AdapterLoaded,
     Command,
     CreateModel,
     Failed,
     Forward,
     ForwardOutput,
+    LoadAdapter,
     LoadState,
     ModelCreated,
     ModelUnloaded,
@@ -116,6 +119,7 @@ class Engine:
             OptimStep: self._optim_step,
             SaveState: self._save_state,
             LoadState: self._load_state,
+            LoadAdapter: self._load_adapter,
             SaveForSampler: self._save_for_sampler,
         }
 
@@ -140,18 +144,18 @@ class Engine:
         self._check_create(create)
         if rank == 0:
             # Full-parameter training has one set of live weights; who creates it again attaches to it.
-            self._models[model_id] = self._base
+            state = self._base
         else:
             adapter = Adapter(self._lm, create.lora_config)
             state = ModelState(adapter.parameters, adapter)
             if create.state is not None:
                 self._load(state, create.state)
-            self._models[model_id] = state
-        return ModelCreated(model_id=model_id, is_lora=rank > 0, lora_rank=rank)
+        self._models[model_id] = state
+        return ModelCreated(model_id=model_id, is_lora=rank > 0, lora_rank=rank, step=state.step)
 
     def _check_create(self, create: CreateModel) -> None:
         spec, rank = self._spec, create.lora_config.rank
-        if create.base_model.rpartition("/")[2] != spec.base_model.rpartition("/")[2]:
+        if _model_name(create.base_model) != _model_name(spec.base_model):
             raise InvalidArgument(
                 f"base_model: {create.base_model!r} is not loaded; this job trains {spec.base_model!r}"
             )
@@ -232,14 +236,30 @@ class Engine:
         return StateLoaded(path=load.ref, model_id=model_id)
 
     def _load(self, state: ModelState, load: LoadState) -> None:
-        directory, manifest = find_checkpoint(load.ref, self._job_dir, Path(self._spec.jobs_dir))
+        directory, manifest = find_checkpoint(load.ref, self._spec)
+        if manifest.adapter is not None and _model_name(manifest.base_model) != _model_name(self._spec.base_model):
+            raise FailedPrecondition(
+                f"path: {load.ref!r} is an adapter of {manifest.base_model!r}, this job trains "
+                f"{self._spec.base_model!r}",
+                reason="CHECKPOINT_MISMATCH",
+            )
         state.load(read_checkpoint_tensors(directory, manifest), optimizer=load.optimizer)
+
+    def _load_adapter(self, model_id: str, load: LoadAdapter) -> AdapterLoaded:
+        state = self._trainable(model_id, "load_adapter")
+        if state.adapter is None:
+            raise InvalidArgument("load_adapter: all weights are trained here; create a LoRA model, or use load_state")
+        values = state.adapter.values_of(find_adapter(load.path, self._spec))
+        self._retained.weights_change(state)
+        state.load({f"weights/{name}": value for name, value in values.items()}, optimizer=False)
+        return AdapterLoaded(adapter_path=load.path, model_id=model_id)
 
     def _save_for_sampler(self, model_id: str, save: SaveForSampler) -> SavedForSampler:
         state = self._trainable(model_id, "save_weights_for_sampler")
         identity = check_snapshot_id("path", save.name)
         parent = state.last_snapshot
-        kind = snapshot_kind(save.checkpoint_type, is_lora=state.adapter is not None, parent=parent)
+        kind = snapshot_kind(save.checkpoint_type, state.adapter, parent)
+        dtype = snapshot_dtype(save, getattr(torch, self._spec.dtype))
         with state.active():
             publish(
                 snapshots_dir(self._job_dir) / identity,
@@ -249,7 +269,7 @@ class Engine:
                 parent=parent,
                 base_model=self._spec.base_model,
                 step=state.step,
-                dtype=getattr(torch, self._spec.dtype),
+                dtype=dtype,
             )
         state.last_snapshot = identity
         return SavedForSampler(path=identity)
@@ -267,6 +287,10 @@ class Engine:
                 reason="MODEL_FROZEN",
             )
         return state
+
+
+def _model_name(resource: str) -> str:
+    return resource.rpartition("/")[2]
 
 
 def _now() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import torch
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 from firebox.modeling.causal_lm import CausalLM
 from firebox.weights.manifest import AdapterInfo
-from firebox.wire.errors import InvalidArgument
+from firebox.weights.peft import PeftAdapter
+from firebox.wire.errors import FailedPrecondition, InvalidArgument
 from firebox.wire.training import LoraConfig
 
+_DOWN: Final = ".lora_A.weight"
+_UP: Final = ".lora_B.weight"
 _ATTENTION: Final = ("attn", "attention")
 _MLP: Final = ("mlp", "feed_forward")
 
@@ -51,8 +54,43 @@ class Adapter:
             for handle in handles:
                 handle.remove()
 
+    @property
+    def changes_nothing(self) -> bool:
+        return not any(up.count_nonzero() for name, up in self.parameters.items() if name.endswith(_UP))
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """W + (alpha / rank) B A of each adapted layer, in float32, by the name of its weight."""
+        weights = {}
+        for name, layer in self._layers.items():
+            with torch.autocast(layer.weight.device.type, enabled=False):
+                update = self.parameters[name + _UP] @ self.parameters[name + _DOWN]
+                weights[f"{name}.weight"] = layer.weight + self._scale * update
+        return weights
+
+    def values_of(self, saved: PeftAdapter) -> Mapping[str, Tensor]:
+        """The values of `parameters` with which this adapter computes what `saved` does.
+
+        Another alpha is folded into B. Layers that `saved` leaves alone get B = 0 and keep their A. Raises
+        FailedPrecondition when the rank differs, or a layer or shape is one that this adapter does not have.
+        """
+        if saved.rank != self.info.rank:
+            raise _unfit(f"its rank is {saved.rank}, this model's {self.info.rank}; create one with rank {saved.rank}")
+        for name in saved.factors.keys() - self._layers.keys():
+            raise _unfit(f"it adapts {name}, which this model leaves alone; create one that trains this layer")
+        values = {name: torch.zeros_like(p) if name.endswith(_UP) else p for name, p in self.parameters.items()}
+        for name, (down, up) in saved.factors.items():
+            found = {name + _DOWN: down.float(), name + _UP: up.float() * (saved.scale / self._scale)}
+            for key, tensor in found.items():
+                if tensor.shape != values[key].shape:
+                    raise _unfit(f"{key} is {list(tensor.shape)}, here {list(values[key].shape)}")
+                if not tensor.isfinite().all():
+                    raise _unfit(f"{key} holds NaN or infinity")
+            values |= found
+        return values
+
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        down, up = self.parameters[f"{name}.lora_A.weight"], self.parameters[f"{name}.lora_B.weight"]
+        down, up = self.parameters[name + _DOWN], self.parameters[name + _UP]
 
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return output + F.linear(F.linear(inputs[0], down), up) * self._scale
@@ -97,6 +135,10 @@ def _initial_values(layers: dict[str, nn.Linear], config: LoraConfig) -> dict[st
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         up = torch.zeros(layer.out_features, config.rank)
         device = layer.weight.device
-        parameters[f"{name}.lora_A.weight"] = nn.Parameter(down.to(device))
-        parameters[f"{name}.lora_B.weight"] = nn.Parameter(up.to(device))
+        parameters[name + _DOWN] = nn.Parameter(down.to(device))
+        parameters[name + _UP] = nn.Parameter(up.to(device))
     return parameters
+
+
+def _unfit(what: str) -> FailedPrecondition:
+    return FailedPrecondition(f"adapter_path: the adapter does not fit: {what}", reason="ADAPTER_MISMATCH")

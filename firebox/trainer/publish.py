@@ -21,24 +21,36 @@ from firebox.trainer.lora import Adapter
 from firebox.weights.manifest import Probe, SnapshotManifest
 from firebox.weights.snapshot import write_snapshot
 from firebox.wire.errors import FailedPrecondition, InvalidArgument
+from firebox.wire.training import SaveForSampler
 from firebox.wire.worker import SnapshotKind
 
 _PROBE_TOKENS: Final = 16
 _PROBE_STRIDE: Final = 7919
 
 
-def snapshot_kind(checkpoint_type: str, *, is_lora: bool, parent: str | None) -> SnapshotKind:
-    """What `checkpoint_type` means for this model.
+_PRECISIONS: Final = {"bf16": torch.bfloat16}
 
-    Raises InvalidArgument for a type that is unknown or not supported, FailedPrecondition for a delta without a base.
+
+def snapshot_kind(checkpoint_type: str, adapter: Adapter | None, parent: str | None) -> SnapshotKind:
+    """What `checkpoint_type` means for a model with that adapter, or without one.
+
+    Raises InvalidArgument for an unknown type, FailedPrecondition for a delta without a base, or for an adapter to
+    merge that is none.
     """
-    if checkpoint_type == "merged_base":
+    if checkpoint_type not in ("base", "delta", "merged_base"):
         raise InvalidArgument(
-            "checkpoint_type: 'merged_base' is not supported; save the adapter with 'base' and promote that"
+            f"checkpoint_type: {checkpoint_type!r} is not known; use 'base', 'delta' or 'merged_base'"
         )
-    if checkpoint_type not in ("base", "delta"):
-        raise InvalidArgument(f"checkpoint_type: {checkpoint_type!r} is not known; use 'base' or 'delta'")
-    if is_lora:
+    if checkpoint_type == "merged_base":
+        if adapter is None:
+            raise InvalidArgument("checkpoint_type: 'merged_base' is for LoRA models; here 'base' has all weights")
+        if adapter.changes_nothing:
+            raise FailedPrecondition(
+                "checkpoint_type: there is nothing to merge, as the adapter is fresh; train it, or load_adapter first",
+                reason="ADAPTER_EMPTY",
+            )
+        return "base"
+    if adapter is not None:
         return "adapter"
     if checkpoint_type == "delta" and parent is None:
         raise FailedPrecondition(
@@ -48,15 +60,32 @@ def snapshot_kind(checkpoint_type: str, *, is_lora: bool, parent: str | None) ->
     return "base" if checkpoint_type == "base" else "delta"
 
 
+def snapshot_dtype(save: SaveForSampler, own: torch.dtype) -> torch.dtype:
+    """The dtype of the tensors in a snapshot, `own` unless a merged model is wanted in another precision."""
+    precision = save.export_precision
+    if precision is not None and save.checkpoint_type != "merged_base":
+        raise InvalidArgument("export_precision: it is for checkpoint_type 'merged_base' only; leave it out")
+    if precision in (None, "source"):
+        return own
+    if precision not in _PRECISIONS:
+        raise InvalidArgument(f"export_precision: {precision!r} is not supported; use 'source' or 'bf16'")
+    return _PRECISIONS[precision]
+
+
 def publish(
     target: Path, lm: CausalLM, adapter: Adapter | None, *, kind: SnapshotKind, parent: str | None, base_model: str,
     step: int, dtype: torch.dtype,
 ) -> None:  # fmt: skip
-    """Commit the weights of `lm`, or `adapter` alone, as the snapshot `target.name`.
+    """Commit the weights of `lm`, or its `adapter`, as the snapshot `target.name`.
 
-    A delta holds full weights and names its parent. The adapter must be active, so that the probe sees it. Raises
-    AlreadyExists when the identity is taken.
+    An adapter goes alone, or is merged into the weights when `kind` is not 'adapter'. A delta holds full weights and
+    names its parent. The adapter must be active, so that the probe sees it. Raises AlreadyExists when the identity is
+    taken.
     """
+    alone = adapter if kind == "adapter" else None
+    own = weights_of(lm)
+    merged = adapter.merged() if adapter and not alone else {}
+    tensors = dict(alone.parameters) if alone else own | merged
     manifest = SnapshotManifest(
         identity=target.name,
         kind=kind,
@@ -67,9 +96,10 @@ def publish(
         created_at=datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
         files=[],
         probe=_probe(lm),
-        adapter=adapter.info if adapter else None,
+        adapter=alone.info if alone else None,
+        # What a merge adds is the head, where the model shares its weights with the embedding.
+        untied_head=not merged.keys() <= own.keys(),
     )
-    tensors = dict(adapter.parameters) if adapter else weights_of(lm)
     write_snapshot(target, {name: tensor.to(dtype) for name, tensor in tensors.items()}, manifest)
 
 

@@ -53,7 +53,10 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotManifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Weights for a sampler, or for promotion. `parent` is set for a delta only; `adapter` for an adapter only."""
+    """Weights for a sampler, or for promotion. `parent` is set for a delta only; `adapter` for an adapter only.
+
+    `untied_head`: the head has weights of its own here, although the base model shares them with its embedding.
+    """
 
     format: Literal["firebox-snapshot-1"] = SNAPSHOT_FORMAT
     identity: str
@@ -66,6 +69,7 @@ class SnapshotManifest(msgspec.Struct, frozen=True, kw_only=True):
     files: list[FileEntry]
     probe: Probe | None = None
     adapter: AdapterInfo | None = None
+    untied_head: bool = False
 
 
 class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ WEIGHTS_FILE: Final = "model.safetensors"
 ADAPTER_FILE: Final = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE: Final = "adapter_config.json"
 
-_PEFT_PREFIX: Final = "base_model.model."
+PEFT_PREFIX: Final = "base_model.model."
 
 
 def write_snapshot(target: Path, tensors: Mapping[str, Tensor], manifest: SnapshotManifest) -> SnapshotManifest:
@@ -36,7 +36,7 @@ def write_snapshot(target: Path, tensors: Mapping[str, Tensor], manifest: Snapsh
         if manifest.adapter is None:
             save_file(contiguous, scratch / WEIGHTS_FILE, metadata={"format": "pt"})
         else:
-            peft_names = {_PEFT_PREFIX + name: tensor for name, tensor in contiguous.items()}
+            peft_names = {PEFT_PREFIX + name: tensor for name, tensor in contiguous.items()}
             save_file(peft_names, scratch / ADAPTER_FILE, metadata={"format": "pt"})
             (scratch / ADAPTER_CONFIG_FILE).write_text(_peft_config(manifest.adapter, manifest.base_model))
         manifest = msgspec.structs.replace(manifest, files=describe(scratch))
@@ -49,7 +49,7 @@ def read_tensors(directory: Path, manifest: SnapshotManifest) -> dict[str, Tenso
     verify(directory, manifest)
     if manifest.adapter is None:
         return dict(load_file(directory / WEIGHTS_FILE))
-    return {name.removeprefix(_PEFT_PREFIX): t for name, t in load_file(directory / ADAPTER_FILE).items()}
+    return {name.removeprefix(PEFT_PREFIX): t for name, t in load_file(directory / ADAPTER_FILE).items()}
 
 
 def _peft_config(adapter: AdapterInfo, base_model: str) -> str:

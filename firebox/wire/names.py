@@ -16,6 +16,7 @@ _RESOURCE_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _MODEL_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,61}[a-z0-9])?")
 _SNAPSHOT_ID: Final = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?")
 _CROSS_JOB: Final = "cross_job://"
+_RUN_CHECKPOINT: Final = re.compile(r"([^/]+)/(run-[0-9a-f]{32})/([^/]+)")
 
 DEFAULT_ACCOUNT: Final = "local"
 """The account that a fresh server creates."""
@@ -76,12 +77,17 @@ def split_resource(name: str, collection: str, *, field: str = "name") -> tuple[
     return check_id(field, parts[1]), check(field, parts[3])
 
 
-def parse_state_ref(ref: str) -> tuple[str | None, str]:
-    """Split a `load_weights` path into (source job id or None, checkpoint name).
+def parse_state_ref(ref: str, account: str) -> tuple[str | None, str]:
+    """Split a `load_weights` path of a client of `account` into (source job id or None, checkpoint name).
 
-    Accepts a bare name and `cross_job://<job>/<name>`. Raises InvalidArgument for anything else, paths included.
+    Accepts a bare name, `cross_job://<job>/<name>`, and `<account>/<job>/<name>` where the job is called `run-` and 32
+    hexadecimal digits. Raises InvalidArgument for anything else, paths included.
     """
     if ref.startswith(_CROSS_JOB):
         job, _, name = ref.removeprefix(_CROSS_JOB).partition("/")
         return check_id("path", job), check_snapshot_id("path", name)
+    if match := _RUN_CHECKPOINT.fullmatch(ref):
+        if match[1] != account:
+            raise InvalidArgument(f"path: {ref!r} is of another account; yours is {account!r}")
+        return match[2], check_snapshot_id("path", match[3])
     return None, check_snapshot_id("path", ref)

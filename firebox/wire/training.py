@@ -118,18 +118,27 @@ class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class LoadState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """`ref` is a checkpoint name of this job or `cross_job://<job>/<name>`."""
+    """`ref` is a checkpoint name of this job, or one of the forms that lead to another's."""
 
     ref: str
     optimizer: bool
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`path` is the resource name of a registered adapter, or a PEFT directory on the server."""
+
+    path: str
+
+
 class SaveForSampler(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """`export_precision` is of a 'merged_base' only."""
+
     name: str
     checkpoint_type: str = "base"
+    export_precision: str | None = None
 
 
-Operation = CreateModel | UnloadModel | Forward | OptimStep | SaveState | LoadState | SaveForSampler
+Operation = CreateModel | UnloadModel | Forward | OptimStep | SaveState | LoadState | LoadAdapter | SaveForSampler
 
 
 class Command(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,11 +152,16 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCreated(msgspec.Struct, frozen=True, kw_only=True):
-    """No capability beyond plain training is advertised, so that clients refuse the others by themselves."""
+    """No capability beyond plain training is advertised, so that clients refuse the others by themselves.
+
+    `step` counts the optimizer steps behind these weights: above 0, the model did not start anew but attached to live
+    full-parameter weights, or began with a saved state.
+    """
 
     model_id: str
     is_lora: bool = False
     lora_rank: int = 0
+    step: int = 0
     supports_router_replay: bool = False
     type: Literal["create_model"] = "create_model"
 
@@ -188,6 +202,12 @@ class StateLoaded(msgspec.Struct, frozen=True, kw_only=True):
     type: Literal["load_weights"] = "load_weights"
 
 
+class AdapterLoaded(msgspec.Struct, frozen=True, kw_only=True):
+    adapter_path: str
+    model_id: str
+    type: Literal["load_adapter"] = "load_adapter"
+
+
 class SavedForSampler(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     type: Literal["save_weights_for_sampler"] = "save_weights_for_sampler"
@@ -201,7 +221,15 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Result = (
-    ModelCreated | ModelUnloaded | ForwardOutput | OptimStepOutput | StateSaved | StateLoaded | SavedForSampler | Failed
+    ModelCreated
+    | ModelUnloaded
+    | ForwardOutput
+    | OptimStepOutput
+    | StateSaved
+    | StateLoaded
+    | AdapterLoaded
+    | SavedForSampler
+    | Failed
 )
 
 

@@ -26,6 +26,7 @@ from firebox.wire.training import (
     Datum,
     Failed,
     Forward,
+    LoadAdapter,
     LoadState,
     LoraConfig,
     ModelInput,
@@ -97,6 +98,7 @@ class _OptimStepBody(msgspec.Struct, frozen=True, kw_only=True):
 class _SaveStateBody(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     overwrite: bool = False
+    ttl_seconds: int | None = None
 
 
 class _LoadStateBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,6 +109,13 @@ class _LoadStateBody(msgspec.Struct, frozen=True, kw_only=True):
 class _SaveForSamplerBody(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     checkpoint_type: str = "base"
+    export_precision: str | None = None
+    ttl_seconds: int | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class _LoadAdapterBody(msgspec.Struct, frozen=True, kw_only=True):
+    adapter_path: str
 
 
 # ----------------------------------------------------------------------------------------------------------- requests
@@ -171,6 +180,7 @@ def _save_state(body: bytes) -> SaveState:
     save = _decode(body, _SaveStateBody)
     if save.overwrite:
         raise InvalidArgument(f"overwrite: a saved checkpoint never changes; save {save.path!r} under another name")
+    _check_kept_for_ever(save.ttl_seconds)
     return SaveState(name=save.path)
 
 
@@ -181,14 +191,21 @@ def _load_state(body: bytes) -> LoadState:
 
 def _save_for_sampler(body: bytes) -> SaveForSampler:
     save = _decode(body, _SaveForSamplerBody)
-    return SaveForSampler(name=save.path, checkpoint_type=save.checkpoint_type)
+    _check_kept_for_ever(save.ttl_seconds)
+    if save.metadata is not None:
+        raise InvalidArgument("metadata: nothing is stored beside the weights; leave the field out")
+    return SaveForSampler(name=save.path, checkpoint_type=save.checkpoint_type, export_precision=save.export_precision)
 
 
-def _load_adapter(body: bytes) -> Operation:
-    raise InvalidArgument(
-        "load_adapter: starting from a promoted adapter is not supported; "
-        "use save_state in the first job and load_state with cross_job://<job>/<name> in this one"
-    )
+def _check_kept_for_ever(ttl_seconds: int | None) -> None:
+    if ttl_seconds is not None:
+        raise InvalidArgument(
+            f"ttl_seconds: {ttl_seconds} cannot be kept for a job's own checkpoints, which stay; leave it out"
+        )
+
+
+def _load_adapter(body: bytes) -> LoadAdapter:
+    return LoadAdapter(path=_decode(body, _LoadAdapterBody).adapter_path)
 
 
 OPERATIONS: Final[dict[str, Callable[[bytes], Operation]]] = {

@@ -13,7 +13,8 @@ from proofs import Record, count
 from running import MODEL, RunningServer
 from safetensors.numpy import load_file
 
-from firebox.trainer.checkpoint import find_checkpoint, read_checkpoint_tensors
+from firebox.trainer.checkpoint import read_checkpoint_tensors
+from firebox.weights.manifest import read_checkpoint
 from training.utils import DeployConfig, InfraConfig, ReconnectableClient, Workspace, load_state
 from training.utils.datums import build_datum
 
@@ -111,8 +112,10 @@ def logprobs(client: ReconnectableClient) -> list[float]:
 def saved_state(server: RunningServer, client: ReconnectableClient) -> dict[str, np.ndarray]:
     """Everything a checkpoint of this moment holds, random state included."""
     client.save_state("end")
-    jobs = server.data / "jobs" / "local"
-    tensors = read_checkpoint_tensors(*find_checkpoint("end", jobs / client.job_id, jobs))
+    (directory,) = (server.data / "jobs" / "local").glob(f"{client.job_id}/checkpoints/end")
+    manifest = read_checkpoint(directory)
+    assert manifest is not None
+    tensors = read_checkpoint_tensors(directory, manifest)
     return {name: value.numpy() for name, value in tensors.items()}
 
 

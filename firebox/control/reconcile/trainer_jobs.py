@@ -91,6 +91,8 @@ class TrainerJobs:
                 model_dir=str(layout.model(row.account, shape.model.id)),
                 job_dir=str(layout.job(row.account, row.id)),
                 jobs_dir=str(layout.jobs(row.account)),
+                models_dir=str(layout.models(row.account)),
+                allow_dirs=[str(directory) for directory in self._control.allow_dirs],
                 max_context_length=config.max_context_length or shape.context_length,
                 lora_rank=config.lora_rank,
                 forward_only=bool(row.request.get("forwardOnly")),

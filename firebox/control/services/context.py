@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from firebox.control.catalogue import Template
@@ -26,7 +27,8 @@ MAX_PAGE = 200
 @dataclass(frozen=True)
 class Control:
     """`accelerators` are the accelerator types that workers of this host can drive, besides its CPU. `ask` posts a body
-    to a path of a worker and returns the answer, and raises httpx.HTTPError when there is none."""
+    to a path of a worker and returns the answer, and raises httpx.HTTPError when there is none. `allow_dirs` are the
+    folders of this machine, besides the data directory, that trainers may read adapters from."""
 
     db: Database
     layout: Layout
@@ -38,6 +40,7 @@ class Control:
     presence: Presence = field(default_factory=Presence)
     downloads: Downloads = field(default_factory=Downloads)
     accelerators: Sequence[str] = ()
+    allow_dirs: Sequence[Path] = ()
 
     def runs_here(self, template: Template) -> bool:
         return template.accelerator_count == 0 or template.accelerator_type in self.accelerators
