@@ -142,10 +142,53 @@ def fireworks(url: str, key: str) -> Calls:
     )
     yield "list_checkpoints of the job", lambda: truly(trainers.list_checkpoints(job))
     yield "promote_checkpoint", lambda: trainers.promote_checkpoint(job, have["snapshot"], output, MODEL)
+    yield from adapters(sdk, trainers, key, job)
     yield "scale_to_zero", lambda: deployments.scale_to_zero(deployment)
     yield "delete deployment", lambda: deployments.delete(deployment)
     yield "close service", service.close
     yield "delete job", lambda: trainers.delete(job)
+
+
+def adapters(sdk: Any, trainers: Any, key: str, source: str) -> Calls:
+    """What is for LoRA jobs only, and for two jobs; `source` has a checkpoint `one` of all weights."""
+    have: dict[str, Any] = {}
+
+    def keep(what: str, value: Any) -> Any:
+        have[what] = value
+        return value
+
+    shape = "accounts/local/trainingShapes/tiny-cpu-lora"
+    yield "resolve LoRA profile", lambda: keep("profile", trainers.resolve_training_profile(shape))
+    config = sdk.TrainerJobConfig(
+        base_model=MODEL, training_shape_ref=have["profile"].training_shape_version, lora_rank=4
+    )
+    yield "create LoRA job", lambda: keep("job", trainers.create(config))
+    job, job_name = have["job"].job_id, have["job"].job_name
+    yield "wait for LoRA job", lambda: keep("endpoint", trainers.wait_for_ready(job, job_name, timeout_s=TIMEOUT_S))
+    service = sdk.FiretitanServiceClient(base_url=have["endpoint"].base_url, api_key=key)
+    yield "create LoRA client", lambda: keep("client", service.create_training_client(MODEL, lora_rank=4))
+    client, adapter = have["client"], f"adapter-{uuid.uuid4().hex[:8]}"
+    yield "forward_backward of LoRA", lambda: client.forward_backward([datum(sdk.types)], "cross_entropy")
+    yield "optim_step of LoRA", lambda: client.optim_step(sdk.types.AdamParams(**ADAM))
+    for kind in ("base", "merged_base"):
+        yield f"save LoRA {kind}", lambda k=kind: keep(k, client.save_weights_for_sampler_ext(k, checkpoint_type=k))
+    yield "promote adapter", lambda: trainers.promote_checkpoint(job, have["base"].snapshot_name, adapter, MODEL)
+    yield "load_adapter", lambda: client.load_adapter(f"accounts/local/models/{adapter}")
+    yield "save_state of LoRA", lambda: client.save_state("lora")
+    yield "load_state across jobs", lambda: client.load_state(f"cross_job://{job}/lora")
+    yield "load_state of another kind", lambda: refused(client.load_state(f"cross_job://{source}/one"), "another model")
+    yield "unload_model", client.unload_model
+    yield "close LoRA service", service.close
+    yield "delete LoRA job", lambda: trainers.delete(job)
+
+
+def refused(future: Any, told: str) -> None:
+    try:
+        future.result(timeout=TIMEOUT_S)
+    except Exception as error:  # noqa: BLE001  each SDK has classes of its own
+        truly(told in str(error))
+    else:
+        raise AssertionError("it was not refused")
 
 
 def truly(value: Any) -> Any:

@@ -165,7 +165,7 @@ def test_mistakes_fail_their_future_and_nothing_else(connect):
 def test_model_answers_to_its_hub_name(server, connect, rest):
     server.command("models", "alias", "tiny", HUB_NAME)
     names = [model.model_name for model in rest.get_server_capabilities().result().supported_models]
-    assert names == ["tiny", HUB_NAME]
+    assert {"tiny", HUB_NAME} <= set(names)
     client = connect().create_lora_training_client(HUB_NAME, rank=2).result()
     assert client.get_info().model_data.model_name == HUB_NAME
     assert client.get_tokenizer().encode("abc")
