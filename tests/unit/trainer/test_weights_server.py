@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,21 +37,45 @@ def allowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running
 
 
 @contextmanager
-def training(server: RunningServer, rank: int) -> Iterator[tuple[Any, Any]]:
-    """(job, training client) of a fresh job, deleted at the end."""
+def training(server: RunningServer) -> Iterator[tuple[Any, Any]]:
+    """(job, training client) of a fresh LoRA job, deleted at the end."""
     trainers = TrainerJobManager(api_key=server.key, base_url=server.url)
-    profile = trainers.resolve_training_profile(SHAPE + ("-lora" if rank else ""))
-    config = TrainerJobConfig(
-        base_model=MODEL, training_shape_ref=profile.training_shape_version, **({"lora_rank": rank} if rank else {})
-    )
+    profile = trainers.resolve_training_profile(f"{SHAPE}-lora")
+    config = TrainerJobConfig(base_model=MODEL, training_shape_ref=profile.training_shape_version, lora_rank=4)
     job = trainers.create(config)
     endpoint = trainers.wait_for_ready(job.job_id, job.job_name, timeout_s=120)
     service = FiretitanServiceClient(base_url=endpoint.base_url, api_key=server.key)
     try:
-        yield job, service.create_training_client(base_model=MODEL, lora_rank=rank)
+        yield job, service.create_training_client(base_model=MODEL, lora_rank=4)
     finally:
         service.close()
         trainers.delete(job.job_id)
+
+
+@contextmanager
+def deployed(server: RunningServer, job_name: str) -> Iterator[Callable[[str | None], str]]:
+    """A deployment of the base model; the function loads a snapshot of the job, if any, and gives its model name."""
+    deployments = DeploymentManager(api_key=server.key, base_url=server.url)
+    ident = f"merged-{uuid.uuid4().hex[:6]}"
+    trainers = TrainerJobManager(api_key=server.key, base_url=server.url)
+    deployments.create_or_get(
+        DeploymentConfig(
+            deployment_id=ident,
+            base_model=MODEL,
+            deployment_shape=trainers.resolve_training_profile(SHAPE).deployment_shape_version,
+            hot_load_trainer_job=job_name,
+        )
+    )
+    deployments.wait_for_ready(ident, timeout_s=120)
+
+    def load(snapshot: str | None) -> str:
+        assert snapshot is None or deployments.hotload_and_wait(ident, MODEL, snapshot, timeout_seconds=60)
+        return f"accounts/local/deployments/{ident}"
+
+    try:
+        yield load
+    finally:
+        deployments.delete(ident)
 
 
 def train(client: Any) -> None:
@@ -78,60 +102,45 @@ def served(server: RunningServer, model: str) -> list[float]:
     return [row["logprob"] for row in answer.json()["choices"][0]["logprobs"]["content"]][1 : len(TOKENS)]
 
 
-def test_a_checkpoint_outlives_its_job(allowing: tuple[RunningServer, Path]) -> None:
-    server, _ = allowing
-    with training(server, 0) as (first, client):
-        train(client)
-        client.save_state("end").result(timeout=60)
-        train(client)
-        expected = logprobs(client)
-    jobs = TrainerJobManager(api_key=server.key, base_url=server.url)
-    assert jobs.try_get(first.job_id)["state"] in ("JOB_STATE_DELETING", "JOB_STATE_DELETED")
-    with training(server, 0) as (_, client):
-        path = client.resolve_checkpoint_path("end", source_job_id=first.job_id)
-        assert client.load_state_with_optimizer(path).result(timeout=60).path == f"cross_job://{first.job_id}/end"
-        train(client)
-        assert logprobs(client) == expected  # also the moments were taken over
-
-
-def test_adapters_and_merged_models_travel(allowing: tuple[RunningServer, Path]) -> None:
-    """Train, promote, load into another job by name and by directory, merge, serve by the base model's deployment."""
+def test_weights_travel(allowing: tuple[RunningServer, Path]) -> None:
+    """A first job trains and is deleted. A second one goes on from its checkpoint, loads its adapter by name and by
+    directory, and merges it; the base model's deployment serves the result."""
     server, allowed = allowing
     jobs = TrainerJobManager(api_key=server.key, base_url=server.url)
-    deployments = DeploymentManager(api_key=server.key, base_url=server.url)
-    ident = f"merged-{uuid.uuid4().hex[:6]}"
-    with training(server, 4) as (first, client):
+    with training(server) as (first, client):
         train(client)
+        client.save_state("end").result(timeout=60)
         expected = logprobs(client)
         snapshot = client.save_weights_for_sampler_ext("one").snapshot_name
         jobs.promote_checkpoint(first.job_id, snapshot, "mine", MODEL)
+        train(client)
+        later = logprobs(client)
+    assert jobs.try_get(first.job_id)["state"] in ("JOB_STATE_DELETING", "JOB_STATE_DELETED")
     shutil.copytree(server.data / "models" / "local" / "mine", allowed / "mine")
-    with training(server, 4) as (second, client):
+
+    with training(server) as (second, client):
         fresh = logprobs(client)
         with pytest.raises(Exception, match="nothing to merge"):
             client.save_weights_for_sampler_ext("none", checkpoint_type="merged_base")
+        path = client.resolve_checkpoint_path("end", source_job_id=first.job_id)
+        assert client.load_state_with_optimizer(path).result(timeout=60).path == f"cross_job://{first.job_id}/end"
+        assert logprobs(client) == expected != fresh
+        train(client)
+        assert logprobs(client) == later  # also the moments were taken over
         for path in ("accounts/local/models/mine", str(allowed / "mine")):
             assert client.load_adapter(path).result(timeout=60).adapter_path == path
-            assert logprobs(client) == expected != fresh
+            assert logprobs(client) == expected
+            train(client)
         with pytest.raises(Exception, match="--allow-dir"):
             client.load_adapter(str(server.data)).result(timeout=60)
         with pytest.raises(Exception, match="known ones: mine"):
             client.load_adapter("accounts/local/models/tiny").result(timeout=60)
+        expected = logprobs(client)
         merged = client.save_weights_for_sampler_ext("merged", checkpoint_type="merged_base").snapshot_name
-        kinds = {row["name"].rpartition("/")[2]: row for row in jobs.list_checkpoints(second.job_id)}
-        assert kinds[merged]["checkpointType"] == "CHECKPOINT_TYPE_INFERENCE_BASE"
-        profile = jobs.resolve_training_profile(SHAPE)
-        deployments.create_or_get(
-            DeploymentConfig(
-                deployment_id=ident,
-                base_model=MODEL,
-                deployment_shape=profile.deployment_shape_version,
-                hot_load_trainer_job=second.job_name,
-            )
-        )
-        deployments.wait_for_ready(ident, timeout_s=120)
-        name = f"accounts/local/deployments/{ident}"
-        assert served(server, name) == pytest.approx(fresh, abs=1e-5)
-        assert deployments.hotload_and_wait(ident, MODEL, merged, timeout_seconds=60)
-        assert served(server, name) == pytest.approx(expected, abs=1e-5)
-        deployments.delete(ident)
+        kinds = {row["name"].rpartition("/")[2]: row["checkpointType"] for row in jobs.list_checkpoints(second.job_id)}
+        assert kinds[merged] == "CHECKPOINT_TYPE_INFERENCE_BASE"
+        with deployed(server, second.job_name) as load:
+            name = load(None)
+            assert served(server, name) == pytest.approx(fresh, abs=1e-5)
+            load(merged)
+            assert served(server, name) == pytest.approx(expected, abs=1e-5)
