@@ -1,7 +1,7 @@
 """Fifty steps of SFT, DPO, ORPO and GRPO on a pinned model, against losses and gradient norms recorded before.
 
-Equal bit for bit on the kind of machine and the library that recorded them, to 1e-5 elsewhere. A change that is meant to move them
-records them anew with FIREBOX_RECORD_GOLDEN=1 and says why in its commit.
+Equal bit for bit on the kind of machine and the library that recorded them, to 1e-5 elsewhere. A change that is meant
+to move them records them anew with FIREBOX_RECORD_GOLDEN=1 and says why in its commit.
 """
 
 from __future__ import annotations
