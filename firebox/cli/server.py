@@ -29,6 +29,10 @@ def up(
             file_okay=False,
         ),
     ] = None,
+    bitwise: Annotated[
+        bool,
+        typer.Option("--bitwise", help="Sampler and trainer agree to the last bit: float32 on a CPU, slower."),
+    ] = False,
 ) -> None:
     """Start the server.
 
@@ -37,4 +41,4 @@ def up(
     from firebox.cli.up import run
 
     allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
-    run(data_dir.expanduser().resolve(), host, port, model or [], idle_minutes * 60, allow_dirs)
+    run(data_dir.expanduser().resolve(), host, port, model or [], idle_minutes * 60, allow_dirs, bitwise=bitwise)

@@ -49,11 +49,13 @@ def run(
     model_dirs: Sequence[Path],
     idle_s: float = 600.0,
     allow_dirs: Sequence[Path] = (),
+    *,
+    bitwise: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
-    Trainers may read adapters beneath `allow_dirs`.
+    Trainers may read adapters beneath `allow_dirs`. With `bitwise`, all workers are bitwise ones.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for noisy in ("httpx", "alembic"):
@@ -62,8 +64,10 @@ def run(
     layout.create()
     lock = ServerLock(layout.lock)
     try:
+        launcher = LocalLauncher(layout.run, layout.lock, bitwise=bitwise)
+        control = ControlPlane(layout, launcher, idle_s, allow_dirs)
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(layout, listener, host, model_dirs, idle_s, allow_dirs))
+            asyncio.run(_serve(layout, listener, host, model_dirs, control))
     finally:
         lock.release()
 
@@ -73,11 +77,9 @@ async def _serve(
     listener: socket.socket,
     host: str,
     model_dirs: Sequence[Path],
-    idle_s: float,
-    allow_dirs: Sequence[Path],
+    control: ControlPlane,
 ) -> None:
     clear_staging(layout)
-    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock), idle_s, allow_dirs)
     context = control.context
     new_key = await accounts.first_start(context)
     keys = await accounts.load_keys(context)

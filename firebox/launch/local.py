@@ -84,12 +84,19 @@ class LocalLauncher:
     """Starts `command <kind> --spec <file>` below `run_dir` (0700); `lease` is the lock file the workers watch."""
 
     def __init__(
-        self, run_dir: Path, lease: Path, *, command: Sequence[str] = FIREBOX, orphan_grace_s: float = 8.0
+        self,
+        run_dir: Path,
+        lease: Path,
+        *,
+        command: Sequence[str] = FIREBOX,
+        orphan_grace_s: float = 8.0,
+        bitwise: bool = False,
     ) -> None:
         self._command = command
         self._run_dir = run_dir
         self._lease = lease
         self._grace_s = orphan_grace_s
+        self._bitwise = bitwise
         self._workers: dict[str, LocalWorker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -191,6 +198,7 @@ class LocalLauncher:
             orphan_grace_s=self._grace_s,
             ready_fd=ready_fd,
             threads=plan.threads,
+            bitwise=self._bitwise,
         )
 
     def _socket_path(self, ident: str) -> str:

@@ -9,6 +9,7 @@ it on the spot and refuses the architecture otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Final
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from firebox.modeling.attention import ATTENTION_NAME, AttentionContext, PackedCausal
+from firebox.modeling.bitwise import RowInvariant, check_row_invariance
 from firebox.wire.errors import FailedPrecondition
 
 _CHECK_TOKENS: Final = 24
@@ -25,10 +27,14 @@ _CHECK_TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 0.25}
 
 
 class CausalLM:
-    """A loaded model: `model` is the Hugging Face module, in evaluation mode (no dropout), on one device."""
+    """A loaded model: `model` is the Hugging Face module, in evaluation mode (no dropout), on one device.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    With `bitwise`, a token's numbers do not depend on what is computed beside it, to the last bit.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, bitwise: bool = False) -> None:
         self.model = model
+        self._kernels = RowInvariant if bitwise else contextlib.nullcontext
         self.backbone: nn.Module = getattr(model, model.base_model_prefix)
         self.head: nn.Module = model.get_output_embeddings()
         self.vocab_size: int = model.config.get_text_config().vocab_size
@@ -39,14 +45,16 @@ class CausalLM:
 
     def hidden(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         """Final hidden states [T, D] of packed tokens [T] at `positions` [T] (both int64)."""
-        output = self.backbone(
-            input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, context=context
-        )
+        with self._kernels():
+            output = self.backbone(
+                input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, context=context
+            )
         return output.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [..., V] of hidden states [..., D]."""
-        return self.head(hidden).float()
+        with self._kernels():
+            return self.head(hidden).float()
 
     def score(self, tokens: Tensor) -> Tensor:
         """Log-probabilities [T-1] float32, in nats, of tokens 1..T-1 of one sequence `tokens` [T] (int64)."""
@@ -71,12 +79,17 @@ def packed_positions(lengths: list[int], device: torch.device | None = None) -> 
 
 
 def load_causal_lm(
-    model_dir: Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model_dir: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    bitwise: bool = False,
 ) -> CausalLM:
     """Load the model in `model_dir` (config.json, safetensors) and check it against its own plain forward.
 
     Raises FailedPrecondition when the directory wants custom code, or when packed log-probs differ from plain
-    `transformers` by more than 1e-4 nats (float32) on a short probe.
+    `transformers` by more than 1e-4 nats (float32) on a short probe; with `bitwise`, also when that mode's own probe
+    finds a bit that depends on company.
     """
     config = json.loads((model_dir / "config.json").read_text())
     if "auto_map" in config:
@@ -93,8 +106,10 @@ def load_causal_lm(
         use_safetensors=True,
         trust_remote_code=False,
     )
-    lm = CausalLM(model.to(device).eval())
+    lm = CausalLM(model.to(device).eval(), bitwise=bitwise)
     _check_against_plain_forward(lm, dtype)
+    if bitwise:
+        check_row_invariance(lm)
     return lm
 
 

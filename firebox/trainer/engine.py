@@ -106,7 +106,10 @@ class Engine:
         for directory in (checkpoints_dir(self._job_dir), snapshots_dir(self._job_dir)):
             sweep_scratch(directory)
         # Weights stay float32, whatever the matrix products are computed in: small updates would be lost otherwise.
-        self._lm = load_causal_lm(Path(spec.model_dir), device="cuda" if torch.cuda.is_available() else "cpu")
+        if spec.runtime.bitwise and spec.dtype != "float32":
+            raise FailedPrecondition(f"bitwise mode: {spec.dtype} products are rounded by company; train in float32")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._lm = load_causal_lm(Path(spec.model_dir), device=device, bitwise=spec.runtime.bitwise)
         trains_base = not (spec.lora_rank or spec.forward_only)
         self._lm.model.requires_grad_(trains_base)
         self._base = ModelState(dict(self._lm.model.named_parameters()) if trains_base else {})

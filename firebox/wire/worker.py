@@ -22,7 +22,8 @@ class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
     """How a worker is reached and when it gives up.
 
     `lease` is a file that the server keeps locked while it lives; a worker that finds it unlocked for
-    `orphan_grace_s` seconds exits. `ready_fd` is an inherited pipe that gets one JSON `ReadyNotice` line.
+    `orphan_grace_s` seconds exits. `ready_fd` is an inherited pipe that gets one JSON `ReadyNotice` line. A `bitwise`
+    worker computes a token with the same bits whatever is computed beside it, or refuses to start.
     """
 
     socket: str
@@ -31,6 +32,7 @@ class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
     orphan_grace_s: float = 8.0
     ready_fd: int | None = None
     threads: int = 1
+    bitwise: bool = False
 
 
 class ReadyNotice(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,14 +52,15 @@ LORAS = {
 class Trainer:
     """One model on a trainer's engine."""
 
-    def __init__(self, model_dir: Path, root: Path, lora: LoraConfig) -> None:
+    def __init__(self, model_dir: Path, root: Path, lora: LoraConfig, runtime: WorkerRuntime = RUNTIME) -> None:
         self.job_dir = root / "jobs" / "job"
         self.job_dir.mkdir(parents=True)
         spec = TrainerSpec(
             job="accounts/local/rlorTrainerJobs/job", base_model=BASE_MODEL, model_dir=str(model_dir),
             job_dir=str(self.job_dir), jobs_dir=str(root / "jobs"), max_context_length=256, lora_rank=lora.rank,
-            runtime=RUNTIME,
+            runtime=runtime,
         )  # fmt: skip
+        self.spec = spec
         self.engine = Engine(spec)
         self.do(CreateModel(base_model=BASE_MODEL, lora_config=lora))
 
@@ -122,7 +123,7 @@ async def differences(model_dir: Path, trainer: Trainer, rounds: list[str], num:
     """Train, publish, hot-load and sample once per entry of `rounds`; per sequence the largest difference, in nats."""
     spec = SamplerSpec(
         deployment="accounts/local/deployments/d", base_model=BASE_MODEL, model_dir=str(model_dir),
-        max_context_length=256, max_batch=8, runtime=RUNTIME,
+        max_context_length=256, max_batch=8, runtime=trainer.spec.runtime,
     )  # fmt: skip
     app, rng, found = build_app(spec), random.Random(0), []
     transport = httpx.ASGITransport(app)

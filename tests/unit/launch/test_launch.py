@@ -84,6 +84,18 @@ def test_worker_serves_its_token_only_and_leaves_nothing_behind(tmp_path: Path, 
     asyncio.run(scenario())
 
 
+def test_bitwise_reaches_every_worker(tmp_path: Path, lock: ServerLock) -> None:
+    async def scenario() -> None:
+        launcher = LocalLauncher(tmp_path / "run", tmp_path / "server.lock", command=WORKER, bitwise=True)
+        changed = asyncio.Event()
+        worker = await launcher.start(plan(tmp_path), changed.set)
+        await until(changed, lambda: worker.ready)
+        assert json.loads((tmp_path / "run" / "t-job.json").read_text())["runtime"]["bitwise"] is True
+        await launcher.close()
+
+    asyncio.run(scenario())
+
+
 def test_idle_connection_stays_open(tmp_path: Path, lock: ServerLock) -> None:
     """Clients keep a connection for 5 s or so; a worker that closed first would meet their next request half way."""
 
