@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 STRICT := firebox/wire firebox/control firebox/gateway training
 
-.PHONY: demo test check prove up bench endpoints compat clean help
+.PHONY: demo test check prove up bench endpoints compat mutations clean help
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -51,6 +51,9 @@ endpoints: $(READY)  ## every endpoint through both SDKs, plain and over a bad n
 
 compat: $(READY)  ## genuine clients of several generations; writes docs/reference/compat.md
 	$(BIN)/python tests/compat
+
+mutations: $(READY)  ## plant twelve bugs in a copy of the sources; the tests must see each
+	$(BIN)/python tests/mutations/plant_bugs.py
 
 clean:  ## remove the environment and caches, not your data
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .import_linter_cache *.egg-info
