@@ -10,8 +10,6 @@ goes wrong later leaves the weights and the gradients that were there before.
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -65,36 +63,6 @@ from firebox.wire.worker import TrainerSpec
 
 log = logging.getLogger(__name__)
 
-Answer = Callable[[Result], None]
-
-
-class EngineThread:
-    """Executes commands one after the other, each answered from this thread."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._stopping = threading.Event()
-        self._inbox: queue.SimpleQueue[tuple[Command, Answer] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-
-    def submit(self, command: Command, answer: Answer) -> None:
-        self._inbox.put((command, answer))
-
-    def stop(self, timeout_s: float) -> None:
-        """Let the running command finish, for at most `timeout_s` seconds, and drop the others."""
-        self._stopping.set()
-        self._inbox.put(None)
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        while (received := self._inbox.get()) is not None:
-            command, answer = received
-            result = self._engine.execute(command)
-            if self._stopping.is_set():
-                return  # whoever waited for the answer is gone
-            answer(result)
-
 
 class Engine:
     """One base model and what is trained on it. Loading is blocking; nothing here is safe for two threads."""
@@ -125,6 +93,11 @@ class Engine:
             LoadAdapter: self._load_adapter,
             SaveForSampler: self._save_for_sampler,
         }
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether all models are one set of live weights, so that their commands have one order."""
+        return self._spec.lora_rank == 0
 
     @property
     def architecture(self) -> str:

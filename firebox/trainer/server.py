@@ -27,10 +27,11 @@ from tokenizers import Tokenizer
 
 from firebox.trainer import runs, services
 from firebox.trainer.bodies import CODEC_THREADS, decoded, encoded, read_json
-from firebox.trainer.engine import Engine, EngineThread
+from firebox.trainer.engine import Engine
 from firebox.trainer.journal import digest_of
 from firebox.trainer.services import Handler
 from firebox.trainer.session import Future, Session
+from firebox.trainer.turns import EngineThread
 from firebox.wire import training_json, training_proto
 from firebox.wire.errors import FireboxError, Internal, InvalidArgument, NotFound, envelope
 from firebox.wire.training import CreateModelAddress, ForwardOutput, OperationAddress

@@ -1,0 +1,63 @@
+"""Whose command is executed next: models take turns, the commands of one model keep their order."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from firebox.trainer.turns import EngineThread
+from firebox.wire.training import Command, ModelUnloaded, Result, UnloadModel
+
+WITHIN_S = 10
+
+
+class Executor:
+    """Writes down whose command it got. The first one keeps it busy until everything else has been submitted."""
+
+    def __init__(self, shares_weights: bool) -> None:
+        self.shares_weights = shares_weights
+        self.order: list[str] = []
+        self.busy, self.filled = threading.Event(), threading.Event()
+
+    def execute(self, command: Command) -> Result:
+        self.busy.set()
+        assert self.filled.wait(WITHIN_S)
+        self.order.append(command.model_id)
+        return ModelUnloaded(model_id=command.model_id)
+
+
+@pytest.mark.parametrize(
+    ("shares_weights", "expected"),
+    [(False, ["a", "b", "c", "a", "c", "a", "a"]), (True, ["a", "a", "a", "a", "b", "c", "c"])],
+)
+def test_who_sent_many_waits_behind_who_sent_one(shares_weights: bool, expected: list[str]) -> None:
+    executor, answered = Executor(shares_weights), threading.Semaphore(0)
+    thread = EngineThread(executor)
+    answers: list[Result] = []
+
+    def answer(result: Result) -> None:
+        answers.append(result)
+        answered.release()
+
+    thread.submit(Command(model_id="first", operation=UnloadModel()), answer)
+    assert executor.busy.wait(WITHIN_S)
+    for model in ("a", "a", "a", "a", "b", "c", "c"):
+        thread.submit(Command(model_id=model, operation=UnloadModel()), answer)
+    executor.filled.set()
+    assert all(answered.acquire(timeout=WITHIN_S) for _ in ["first", *expected])
+    thread.stop(WITHIN_S)
+    assert executor.order == ["first", *expected]
+    assert [result.model_id for result in answers] == executor.order
+
+
+def test_stopping_lets_the_running_command_finish_and_drops_the_others() -> None:
+    executor = Executor(shares_weights=False)
+    thread = EngineThread(executor)
+    for model in ("a", "b"):
+        thread.submit(Command(model_id=model, operation=UnloadModel()), lambda result: None)
+    assert executor.busy.wait(WITHIN_S)
+    thread.stop(0.0)
+    executor.filled.set()
+    thread.stop(WITHIN_S)
+    assert executor.order == ["a"]
