@@ -128,7 +128,7 @@ def fireworks(url: str, key: str) -> Calls:
     for kind in ("base", "delta"):
         # Two calls: a snapshot is saved once, but loading it may be asked for again after a cut connection.
         yield f"save {kind}", lambda kind=kind: keep("saved", truly(syncer.save_only(f"s-{kind}", kind)))
-        yield f"hotload {kind}", lambda kind=kind: truly(syncer.hotload(have["saved"], kind))
+        yield f"hotload {kind}", lambda kind=kind: loaded(syncer.hotload(have["saved"], kind))
     yield "hotload status", lambda: deployments.hotload_check_status(deployment, MODEL)
     yield "warmup", lambda: deployments.warmup(name)
     yield "sample", lambda: asyncio.run(_fireworks_sample(sdk, url, key, name))
@@ -189,6 +189,12 @@ def refused(future: Any, told: str) -> None:
         truly(told in str(error))
     else:
         raise AssertionError("it was not refused")
+
+
+def loaded(answer: bool) -> None:
+    """The SDK tells of a cut connection during a hot-load by False alone, and leaves asking again to its caller."""
+    if not answer:
+        raise httpx.ReadError("the hot-load was not confirmed")
 
 
 def truly(value: Any) -> Any:
