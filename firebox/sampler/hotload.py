@@ -64,6 +64,10 @@ class Hotloader:
         if self._stage == "error":
             raise Unavailable(f"the weights are damaged ({self._error}); hot-load a base snapshot or restart")
 
+    def is_live(self, snapshot: SnapshotRef | None) -> bool:
+        """Whether the live weights are those of `snapshot`, or the base model's."""
+        return self._stage != "error" and self._current == (snapshot.identity if snapshot else None)
+
     async def load(self, command: HotloadCommand) -> None:
         """Load the snapshot of `command`, or keep what is loaded; `status` tells which, and why."""
         await self._replace(command.identity, lambda: self._fetch(command))

@@ -88,7 +88,7 @@ class _Server:
         deadline_s: float,
     ) -> None:
         self._spec, self._engine, self._hotloader, self._text = spec, engine, hotloader, text
-        self._turns = Turns(hotloader.serve)
+        self._turns = Turns(hotloader.serve, hotloader.is_live)
         self._vocab_size, self._context, self._deadline_s = vocab_size, context, deadline_s
 
     async def completions(self, request: Request) -> Response:

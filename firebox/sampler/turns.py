@@ -26,11 +26,16 @@ class _Ticket:
 
 
 class Turns:
-    """`change` makes a snapshot's weights live (None: the base model's) once nobody uses the others."""
+    """`change` makes a snapshot's weights live (None: the base model's) once nobody uses the others; `is_live` tells
+    whether they are."""
 
-    def __init__(self, change: Callable[[SnapshotRef | None], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        change: Callable[[SnapshotRef | None], Awaitable[None]],
+        is_live: Callable[[SnapshotRef | None], bool],
+    ) -> None:
         self._change = change
-        self._live: SnapshotRef | None = None
+        self._is_live = is_live
         self._users = 0
         self._queue: list[_Ticket] = []
         self._changing: asyncio.Task[None] | None = None
@@ -45,52 +50,59 @@ class Turns:
         self._queue.append(ticket)
         self._advance()
         try:
-            async with asyncio.timeout(within_s):
-                await ticket.admitted
-        except TimeoutError as error:
-            raise Unavailable(
-                f"other weights were in use for {within_s:g} s; retry when the load is lower",
-                reason="DEADLINE_EXCEEDED",
-            ) from error
-        finally:
-            if ticket in self._queue:
-                self._queue.remove(ticket)
-        try:
+            await _admission(ticket, within_s)
             yield
         finally:
+            self._leave(ticket)
+
+    def _leave(self, ticket: _Ticket) -> None:
+        """Whoever asked is gone: out of the queue, or out of the turn, also when that came in the same moment."""
+        if ticket in self._queue:
+            self._queue.remove(ticket)
+        elif not ticket.admitted.cancelled() and ticket.admitted.exception() is None:
             self._users -= 1
-            self._advance()
+        self._advance()
 
     def _advance(self) -> None:
         """Admit whom the live weights suit, if one of them is in front; change weights when nobody uses them."""
         if self._changing is not None or not self._queue:
             return
         wanted = self._queue[0].snapshot
-        if wanted == self._live:
-            self._admit()
+        if self._is_live(wanted):
+            self._admit(wanted)
         elif self._users == 0:
             self._changing = asyncio.create_task(self._turn_to(wanted))
 
-    def _admit(self) -> None:
-        """Let everybody in who waits for the live snapshot; who comes later queues up behind the others."""
-        suited = [ticket for ticket in self._queue if ticket.snapshot == self._live]
-        for ticket in suited:
-            self._queue.remove(ticket)
-            if not ticket.admitted.done():  # cancelled while it waited
-                self._users += 1
-                ticket.admitted.set_result(None)
+    def _admit(self, snapshot: SnapshotRef | None) -> None:
+        """Let everybody in who waits for this snapshot, which is live; who comes later queues up behind the others."""
+        for ticket in self._waiting_for(snapshot):
+            self._users += 1
+            ticket.admitted.set_result(None)
 
     async def _turn_to(self, snapshot: SnapshotRef | None) -> None:
         try:
             await self._change(snapshot)
         except FireboxError as error:
-            for ticket in [ticket for ticket in self._queue if ticket.snapshot == snapshot]:
-                self._queue.remove(ticket)
-                if not ticket.admitted.done():
-                    ticket.admitted.set_exception(error)
+            for ticket in self._waiting_for(snapshot):
+                ticket.admitted.set_exception(error)
         else:
-            self._live = snapshot
-            self._admit()
+            self._admit(snapshot)
         finally:
             self._changing = None
         self._advance()
+
+    def _waiting_for(self, snapshot: SnapshotRef | None) -> list[_Ticket]:
+        """Take who waits for this snapshot out of the queue; who has stopped waiting is left for itself to go."""
+        found = [t for t in self._queue if t.snapshot == snapshot and not t.admitted.done()]
+        self._queue = [ticket for ticket in self._queue if ticket not in found]
+        return found
+
+
+async def _admission(ticket: _Ticket, within_s: float) -> None:
+    try:
+        async with asyncio.timeout(within_s):
+            await ticket.admitted
+    except TimeoutError as error:
+        raise Unavailable(
+            f"other weights were in use for {within_s:g} s; retry when the load is lower", reason="DEADLINE_EXCEEDED"
+        ) from error

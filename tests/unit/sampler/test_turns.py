@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from firebox.sampler.turns import Turns
+from firebox.weights.manifest import Probe
 from firebox.wire.errors import FailedPrecondition, Unavailable
 from firebox.wire.worker import SnapshotRef
 
@@ -38,7 +39,7 @@ def test_turns_run_together_apart_and_in_order():
             await asyncio.sleep(0)
             live[0] = snapshot
 
-        turns = Turns(change)
+        turns = Turns(change, lambda snapshot: live[0] == snapshot)
 
         async def use(snapshot: SnapshotRef | None) -> None:
             async with turns.using(snapshot, 5):
@@ -57,11 +58,14 @@ def test_turns_run_together_apart_and_in_order():
 
 def test_a_turn_that_cannot_be_fails_its_own_requests_only():
     async def scenario() -> None:
+        live: list[SnapshotRef | None] = [None]
+
         async def change(snapshot: SnapshotRef | None) -> None:
             if snapshot == A:
                 raise FailedPrecondition("a is damaged")
+            live[0] = snapshot
 
-        turns = Turns(change)
+        turns = Turns(change, lambda snapshot: live[0] == snapshot)
 
         async def use(snapshot: SnapshotRef) -> str:
             async with turns.using(snapshot, 5):
@@ -76,6 +80,48 @@ def test_a_turn_that_cannot_be_fails_its_own_requests_only():
         assert await use(B) == "b"
 
     asyncio.run(scenario())
+
+
+def test_who_stops_waiting_in_the_moment_of_admission_holds_nothing():
+    async def scenario() -> None:
+        live: list[SnapshotRef | None] = [None]
+
+        async def change(snapshot: SnapshotRef | None) -> None:
+            live[0] = snapshot
+
+        turns = Turns(change, lambda snapshot: live[0] == snapshot)
+
+        async def use(snapshot: SnapshotRef | None) -> str:
+            async with turns.using(snapshot, 5):
+                return "used"
+
+        for steps in range(6):  # one of these finds the task admitted, and not yet running again
+            task = asyncio.create_task(use(A if steps % 2 else B))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        async with asyncio.timeout(5):
+            assert [await use(snapshot) for snapshot in (A, B, None)] == ["used"] * 3
+
+    asyncio.run(scenario())
+
+
+def test_weights_that_broke_in_the_swap_are_replaced_before_anybody_uses_them(model_dir, tmp_path):
+    """A snapshot that contradicts its probe has overwritten what was live: whoever is next must get whole weights."""
+    good = commit(tmp_path, "good", lambda d: make_adapter(model_dir, d, ["q_proj"], 1), kind="adapter")
+    probe = Probe(tokens=[1, 2, 3], logprobs=[-0.1, -0.1])
+    bad = commit(tmp_path, "bad", lambda d: make_adapter(model_dir, d, ["q_proj"], 2), kind="adapter", probe=probe)
+    refs = [SnapshotRef(dir=str(path), identity=path.name) for path in (good, bad)]
+    with serving(make_spec(model_dir)) as client:
+        for ref in (refs[0], None):
+            before = client.post("/worker/sample", json=order(ref)).json()["sequences"]
+            refused = client.post("/worker/sample", json=order(refs[1]))
+            assert refused.status_code == 400
+            assert "differ from the trainer's" in refused.json()["error"]["message"]
+            after = client.post("/worker/sample", json=order(ref)).json()["sequences"]
+            assert after[0]["tokens"] == before[0]["tokens"]
+            assert after[0]["logprobs"] == pytest.approx(before[0]["logprobs"], abs=1e-5)
 
 
 def test_each_request_gets_the_weights_it_names(model_dir, tmp_path):
