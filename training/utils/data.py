@@ -1,4 +1,4 @@
-"""Rows from JSONL files: conversations for SFT, prompts for RL, and the order in which a run visits them.
+"""Rows of a data set: conversations for SFT, prompts for RL, pairs for preferences, and the order of a run's visits.
 
 Knows neither tokenizers nor trainers. Invariant: the order depends on the seed and the position alone, so that the
 number of rows consumed is all a run needs to continue where it stopped.
@@ -8,59 +8,95 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from training.utils import formats
 from training.utils.errors import DataError
 
-ROLES = ("system", "user", "assistant", "tool")
+HUB = "hf://"
+
+
+class HasKind(Protocol):
+    @property
+    def kind(self) -> str: ...
+
+
+R = TypeVar("R")
+Source = str | Path
+"""A JSONL file, a folder that Hugging Face `datasets` saved, or `hf://<owner>/<name>[:<split>]` on the hub."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a data file: its conversation, all its fields for a reward function, and where it came from."""
+    """One row: its conversation, all its fields for a reward function, where it came from, the format it was in."""
 
     messages: list[dict[str, Any]]
     fields: dict[str, Any]
     origin: str
+    kind: str = formats.CHATS[0].name
 
 
-def load_chats(path: str | Path) -> list[Row]:
-    """Rows to imitate: `{"messages": [...]}` ending in the assistant, or `{"prompt", "completion"}` as one exchange.
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that share a beginning; only what differs may be trained, so all before it has weight 0."""
 
-    Raises DataError with file:line for a row that holds neither or has nothing to imitate.
+    chosen: Row
+    rejected: Row
+
+    @property
+    def kind(self) -> str:
+        return self.chosen.kind
+
+
+def load_chats(source: Source) -> list[Row]:
+    """Rows to imitate, in any format of `formats.CHATS`.
+
+    Raises DataError with file:line for a row that fits none, or has nothing to imitate.
     """
-    rows = []
-    for origin, fields in _read(path):
-        if "messages" not in fields and {"prompt", "completion"} <= fields.keys():
-            fields["messages"] = [
-                {"role": "user", "content": fields["prompt"]},
-                {"role": "assistant", "content": fields["completion"]},
-            ]
-        messages = _messages(origin, fields)
-        if not any(message["role"] == "assistant" for message in messages):
-            raise DataError(f"{origin}: no assistant message to learn from; add one")
-        rows.append(Row(messages, fields, origin))
-    return _some(rows, path)
+    rows = _rows(source, formats.CHATS)
+    for row in rows:
+        if not any(message["role"] == "assistant" for message in row.messages):
+            raise DataError(f"{row.origin}: no assistant message to learn from; add one")
+    return rows
 
 
-def load_prompts(path: str | Path) -> list[Row]:
-    """Rows to answer: `{"messages": [...]}` ending before the assistant, or `{"prompt": text}`, plus whatever fields
-    the reward reads. Raises DataError with file:line."""
-    rows = []
-    for origin, fields in _read(path):
-        if "messages" not in fields and "prompt" in fields:
-            fields["messages"] = [{"role": "user", "content": fields["prompt"]}]
-        messages = _messages(origin, fields)
-        if messages[-1]["role"] == "assistant":
-            raise DataError(f"{origin}: the last message is the assistant's; the model has nothing left to answer")
-        rows.append(Row(messages, fields, origin))
-    return _some(rows, path)
+def load_prompts(source: Source) -> list[Row]:
+    """Rows to answer, in any format of `formats.PROMPTS`, with whatever fields the reward reads.
+
+    Raises DataError with file:line for a row that fits none, or is answered already.
+    """
+    rows = _rows(source, formats.PROMPTS)
+    for row in rows:
+        if row.messages[-1]["role"] == "assistant":
+            raise DataError(f"{row.origin}: the last message is the assistant's; the model has nothing left to answer")
+    return rows
 
 
-def split(rows: list[Row], held_out_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def load_preferences(source: Source) -> list[Pair]:
+    """Pairs of a better and a worse answer, in any format of `formats.PREFERENCES`. Raises DataError with file:line."""
+    pairs = []
+    for origin, fields in _records(source):
+        try:
+            found = formats.detect(formats.PREFERENCES, fields)
+            sides = _without_shared(*found.read(fields))
+            pairs.append(Pair(*(_row(side, fields, origin, found.name) for side in sides)))
+        except ValueError as exc:
+            raise DataError(f"{origin}: {exc}") from exc
+    return _some(pairs, source)
+
+
+def describe(rows: Sequence[HasKind], source: Source) -> str:
+    """How many rows of which format were found, as a line to print."""
+    kinds = Counter(row.kind for row in rows)
+    return f"{source}: " + ", ".join(f"{count} rows of {kind}" for kind, count in kinds.most_common())
+
+
+def split(rows: list[R], held_out_fraction: float, seed: int) -> tuple[list[R], list[R]]:
     """(rows to train on, rows held out), chosen by the seed. Raises DataError when a side would be empty."""
     num_held_out = round(len(rows) * held_out_fraction)
     if held_out_fraction > 0 and not 0 < num_held_out < len(rows):
@@ -73,14 +109,54 @@ def split(rows: list[Row], held_out_fraction: float, seed: int) -> tuple[list[Ro
 
 def batch_at(num_rows: int, consumed: int, size: int, seed: int) -> list[int]:
     """Indices of the next `size` rows after `consumed`, in an endless stream that is reshuffled every epoch."""
-    order: dict[int, list[int]] = {}
-    for epoch in {position // num_rows for position in range(consumed, consumed + size)}:
-        order[epoch] = list(range(num_rows))
-        random.Random(f"{seed}/{epoch}").shuffle(order[epoch])
-    return [order[position // num_rows][position % num_rows] for position in range(consumed, consumed + size)]
+    positions = range(consumed, consumed + size)
+    return [_order(num_rows, position // num_rows, seed)[position % num_rows] for position in positions]
 
 
-def _read(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+@lru_cache(maxsize=2)
+def _order(num_rows: int, epoch: int, seed: int) -> list[int]:
+    order = list(range(num_rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def _rows(source: Source, known: tuple[formats.Format, ...]) -> list[Row]:
+    rows = []
+    for origin, fields in _records(source):
+        try:
+            found = formats.detect(known, fields)
+            rows.append(_row(found.read(fields), fields, origin, found.name))
+        except ValueError as exc:
+            raise DataError(f"{origin}: {exc}") from exc
+    return _some(rows, source)
+
+
+def _row(messages: list[formats.Message], fields: dict[str, Any], origin: str, kind: str) -> Row:
+    return Row(messages, fields | {"messages": messages, "tools": formats.tools_of(fields)}, origin, kind)
+
+
+def _without_shared(
+    chosen: list[formats.Message], rejected: list[formats.Message]
+) -> tuple[list[formats.Message], list[formats.Message]]:
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), None)
+    if shared is None:
+        fix = "each needs an answer of its own behind the shared prompt"
+        raise ValueError(f"chosen and rejected say the same, or one is the beginning of the other: {fix}")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if side[shared]["role"] != "assistant":
+            role = side[shared]["role"]
+            raise ValueError(f"{name}: messages[{shared}] is where the two part, and it is the {role}'s, not an answer")
+    context = [message | {"weight": 0} for message in chosen[:shared]]
+    return [*context, *chosen[shared:]], [*context, *rejected[shared:]]
+
+
+def _records(source: Source) -> Iterator[tuple[str, dict[str, Any]]]:
+    if str(source).startswith(HUB) or Path(source).expanduser().is_dir():
+        return _dataset_rows(str(source))
+    return _json_lines(source)
+
+
+def _json_lines(path: Source) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as exc:
@@ -100,23 +176,26 @@ def _read(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield origin, fields
 
 
-def _messages(origin: str, fields: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        found = ", ".join(sorted(fields)) or "nothing"
-        raise DataError(f"{origin}: expected a non-empty list 'messages' (or 'prompt' text); the row has: {found}")
-    for index, message in enumerate(messages):
-        where = f"{origin}: messages[{index}]"
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise DataError(f"{where}: expected an object whose 'role' is one of {', '.join(ROLES)}; found {message!r}")
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"{where}.content: expected text, found {type(message.get('content')).__name__}")
-        if message.get("weight", 1) not in (0, 1):
-            raise DataError(f"{where}.weight: expected 0 or 1, found {message['weight']!r}")
-    return messages
+def _dataset_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from datasets import Dataset, load_dataset, load_from_disk
+    except ImportError as exc:
+        raise DataError(f"{source}: reading it needs the package 'datasets': pip install 'firebox[datasets]'") from exc
+    name, _, part = source.removeprefix(HUB).partition(":")
+    try:
+        if source.startswith(HUB):
+            rows = load_dataset(name, split=part or "train")
+        else:
+            rows = load_from_disk(str(Path(source).expanduser()))
+    except (OSError, ValueError) as exc:
+        raise DataError(f"{source} cannot be read as a Hugging Face data set: {exc}") from exc
+    if not isinstance(rows, Dataset):
+        raise DataError(f"{source}: holds the splits {', '.join(rows)}; give the folder of one of them")
+    for number, fields in enumerate(rows):
+        yield f"{source}:{number}", dict(fields)
 
 
-def _some(rows: list[Row], path: str | Path) -> list[Row]:
+def _some(rows: list[R], source: Source) -> list[R]:
     if not rows:
-        raise DataError(f"{path}: no rows; expected one JSON object per line")
+        raise DataError(f"{source}: no rows; expected one JSON object per line")
     return rows

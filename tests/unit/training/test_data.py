@@ -35,7 +35,8 @@ def test_prompt_rows_keep_what_the_reward_reads(tmp_path: Path) -> None:
     [
         ("{", "a.jsonl:2: not JSON"),
         ("[1]", "a.jsonl:2: expected a JSON object, found list"),
-        ({"text": "x"}, "a.jsonl:2: expected a non-empty list 'messages'.*the row has: text"),
+        ({"text": "x"}, r"a.jsonl:2: expected the fields of one of: OpenAI messages \(messages\); .*the row has: text"),
+        ({"messages": []}, "a.jsonl:2: messages: expected a non-empty list of messages, found an empty list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, r"a.jsonl:2: messages\[0\]: .*'role' is one of"),
         ({"messages": [{"role": "user", "content": 3}]}, r"messages\[0\].content: expected text, found int"),
         ({"messages": [USER, ASSISTANT | {"weight": 2}]}, r"messages\[1\].weight: expected 0 or 1, found 2"),
@@ -52,6 +53,61 @@ def test_prompts_that_are_answered_already_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"messages": [USER, ASSISTANT]})
     with pytest.raises(DataError, match="nothing left to answer"):
         data.load_prompts(path)
+
+
+def test_a_pair_trains_only_what_lies_behind_its_shared_beginning(tmp_path: Path) -> None:
+    again = {"role": "user", "content": "sure?"}
+    sides = {name: {"messages": [USER, ASSISTANT, again, _said(name)]} for name in ("chosen", "rejected")}
+    (pair,) = data.load_preferences(write(tmp_path / "a.jsonl", sides))
+    context = [message | {"weight": 0} for message in (USER, ASSISTANT, again)]
+    assert pair.chosen.messages == [*context, _said("chosen")]
+    assert pair.rejected.messages == [*context, _said("rejected")]
+    assert pair.chosen.origin == f"{tmp_path / 'a.jsonl'}:1"
+
+
+def _said(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ASSISTANT]}, "a.jsonl:1: expected the fields of one of: Fireworks preferences"),
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "4"}, "say the same"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER]}, "one is the beginning of the other"),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [USER | {"content": "3+3?"}, ASSISTANT]},
+            r"chosen: messages\[0\] is where the two part, and it is the user's",
+        ),
+        ({"chosen": "4", "rejected": "5"}, "chosen: text alone .* add a field 'prompt'"),
+        ({"prompt": "2+2?", "chosen": 4, "rejected": "5"}, "chosen: expected a non-empty list of messages, found int"),
+    ],
+)
+def test_a_pair_that_cannot_be_compared_is_refused(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        data.load_preferences(write(tmp_path / "a.jsonl", row))
+
+
+def test_the_formats_found_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *[{"messages": [USER, ASSISTANT]}] * 2, {"prompt": "2+2?", "completion": "4"})
+    found = data.describe(data.load_chats(path), path)
+    assert found == f"{path}: 2 rows of OpenAI messages, 1 rows of TRL prompt and completion"
+
+
+def test_a_saved_hugging_face_data_set_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    # A table has every column in every row; what a row lacks is None.
+    rows = [{"messages": [USER, ASSISTANT | {"weight": 1}]}, {"messages": [USER, ASSISTANT]}]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(str(tmp_path / "one"))
+    loaded = data.load_chats(tmp_path / "one")
+    assert [row.messages for row in loaded] == [row["messages"] for row in rows]
+    assert loaded[1].origin == f"{tmp_path / 'one'}:1"
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(DataError, match="holds the splits train; give the folder of one of them"):
+        data.load_chats(tmp_path / "two")
+    with pytest.raises(DataError, match="cannot be read as a Hugging Face data set"):
+        data.load_chats(tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, "", b"\xff\xfe"])
@@ -96,3 +152,4 @@ def test_real_files_load() -> None:
     folder = Path(os.environ["FIREBOX_TEST_DATA"])
     assert len(data.load_chats(folder / "text2sql_sft.jsonl")) == 100
     assert all("ground_truth" in row.fields for row in data.load_prompts(folder / "countdown_rl.jsonl"))
+    assert len(data.load_preferences(folder / "ifeval_preference.jsonl")) == 40
