@@ -48,7 +48,6 @@ def test_sft_on_real_chats_beats_counting_tokens(
         tokenizer_model=tokenizer(server),
         dataset=str(rows / "text2sql_sft.jsonl"),
         log_path=str(tmp_path),
-        max_rows=100,
         eval_fraction=0.2,
         max_steps=count(40, 100),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=5),
@@ -68,8 +67,8 @@ def unigram_loss(config: sft_loop.Config) -> float:
     """What the counts of the 80 rows' targets, plus one each, make of the targets of the 20: nats per token."""
     tokenizer = load_tokenizer(config.tokenizer_model)
     train, held_out = (
-        [token for row in side for token in render_chat(tokenizer, row).trained_tokens]
-        for side in split(load_chats(config.dataset)[: config.max_rows], config.eval_fraction, config.seed)
+        [token for row in side for chat in render_chat(tokenizer, row) for token in chat.trained_tokens]
+        for side in split(load_chats(config.dataset), config.eval_fraction, config.seed)
     )
     seen, num_outcomes = Counter(train), len(train) + len(tokenizer)
     return -sum(math.log((seen[token] + 1) / num_outcomes) for token in held_out) / len(held_out)

@@ -6,14 +6,17 @@ sample it: the assistant's text and the stop token that ends its turn, never the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from training.utils.data import Row
+from training.utils.data import Pair, Row
 from training.utils.errors import DataError
 
 Message = dict[str, Any]
+Span = tuple[int, int]
+GENERATION_TAG = re.compile(r"{%-?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,24 @@ class Rendered:
     def trained_tokens(self) -> list[int]:
         return [token for token, weight in zip(self.tokens, self.weights, strict=True) if weight > 0]
 
+    def cut(self, limit: int) -> Rendered:
+        """The first `limit` tokens. Behind the cut lies the stop token, so a model never learns from it to stop."""
+        return Rendered(self.tokens[:limit], self.weights[:limit])
+
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local directory or a hub name. Raises DataError when it is missing or has no chat template."""
+    """The tokenizer of a local directory or a hub name, from this machine's files before the network.
+
+    Raises DataError when it is missing, has no chat template or no token that ends a turn.
+    """
     from transformers import AutoTokenizer
 
+    place = str(Path(name).expanduser()) if name.startswith("~") else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if name.startswith("~") else name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+        except OSError:
+            tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as exc:
         fix = "give a local directory that holds tokenizer.json, or a hub name this machine can download"
         raise DataError(f"tokenizer_model {name!r} cannot be loaded: {fix} ({str(exc).splitlines()[0]})") from exc
@@ -55,21 +69,63 @@ def render_prompt(tokenizer: Any, row: Row) -> list[int]:
     return _template(tokenizer, row.messages, row, add_generation_prompt=True)
 
 
-def render_chat(tokenizer: Any, row: Row) -> Rendered:
-    """Token ids and weights of a whole conversation. Raises DataError when nothing of it could be trained."""
-    spans = (
-        _tagged_spans(tokenizer, row) if "{% generation" in tokenizer.chat_template else _prefix_spans(tokenizer, row)
-    )
-    tokens = _template(tokenizer, row.messages, row)
-    weights = [0.0] * len(tokens)
-    replies = [message for message in row.messages if message["role"] == "assistant"]
-    for message, (start, end) in zip(replies, spans, strict=True):
-        end = _with_stop_token(tokenizer, tokens, start, end, row)
-        weights[start:end] = [float(message.get("weight", 1))] * (end - start)
-    rendered = Rendered(tokens, weights)
-    if rendered.num_trained == 0:
-        raise DataError(f"{row.origin}: no token to train on; give at least one assistant message weight 1")
+def render_chat(tokenizer: Any, row: Row) -> list[Rendered]:
+    """Token ids and weights of a whole conversation, all of its replies in one.
+
+    Some templates render a reply differently once others follow, as thinking models drop earlier thoughts. What was
+    sampled then is no part of the whole, and each reply is rendered with what came before it alone. Raises DataError
+    when nothing could be trained.
+    """
+    rendered = _render(tokenizer, row)
+    if rendered is not None:
+        return [rendered]
+    replies = [_up_to_reply(row, index) for index in _trained_replies(row)]
+    return [_render_whole(tokenizer, reply) for reply in replies]
+
+
+def render_pair(tokenizer: Any, pair: Pair) -> tuple[Rendered, Rendered]:
+    """(chosen, rejected). Raises DataError when a side cannot be rendered as one."""
+    return _render_whole(tokenizer, pair.chosen), _render_whole(tokenizer, pair.rejected)
+
+
+def _render_whole(tokenizer: Any, row: Row) -> Rendered:
+    rendered = _render(tokenizer, row)
+    if rendered is None:
+        raise DataError(
+            f"{row.origin}: the chat template renders a reply differently once others follow, so what the model would "
+            "sample is unknown; let one assistant message be trained, or use a template with {% generation %} tags"
+        )
     return rendered
+
+
+def _render(tokenizer: Any, row: Row) -> Rendered | None:
+    """The whole conversation, or None where the replies to train are not what the model would have sampled."""
+    tokens = _template(tokenizer, row.messages, row)
+    tagged = GENERATION_TAG.search(_source(tokenizer, row))
+    spans = _tagged_spans(tokenizer, row) if tagged else _prefix_spans(tokenizer, row, tokens)
+    if spans is None:
+        return None
+    weights = [0.0] * len(tokens)
+    for start, end in spans:
+        end = _with_stop_token(tokenizer, tokens, start, end, row)
+        weights[start:end] = [1.0] * (end - start)
+    if not any(weights):
+        raise DataError(f"{row.origin}: no token to train on; give at least one assistant message weight 1")
+    return Rendered(tokens, weights)
+
+
+def _replies(row: Row) -> list[int]:
+    return [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+
+
+def _trained_replies(row: Row) -> list[int]:
+    return [index for index in _replies(row) if row.messages[index].get("weight", 1)]
+
+
+def _up_to_reply(row: Row, index: int) -> Row:
+    """The conversation as it stood when this reply was given, with this reply alone to train."""
+    context = [message | {"weight": 0} for message in row.messages[:index]]
+    return replace(row, messages=[*context, row.messages[index]])
 
 
 def _with_stop_token(tokenizer: Any, tokens: list[int], start: int, end: int, row: Row) -> int:
@@ -84,50 +140,54 @@ def _with_stop_token(tokenizer: Any, tokens: list[int], start: int, end: int, ro
     )
 
 
-def _tagged_spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
-    """Spans that the template itself marks as generated, one per assistant message."""
+def _tagged_spans(tokenizer: Any, row: Row) -> list[Span]:
+    """Spans of the replies to train, which the template itself marks as generated."""
     encoded = tokenizer.apply_chat_template(
         _plain(row.messages), tools=row.fields.get("tools"), return_dict=True, return_assistant_tokens_mask=True
     )
     mask = [0, *encoded["assistant_masks"], 0]
     starts = [i for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
     ends = [i for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
-    num_replies = sum(message["role"] == "assistant" for message in row.messages)
-    if len(starts) != num_replies:
+    replies, trained = _replies(row), _trained_replies(row)
+    if len(starts) != len(replies):
         raise DataError(
-            f"{row.origin}: the chat template marks {len(starts)} generated spans for {num_replies} replies; "
+            f"{row.origin}: the chat template marks {len(starts)} generated spans for {len(replies)} replies; "
             "an empty reply or a template that merges turns cannot be trained"
         )
-    return list(zip(starts, ends, strict=True))
+    spans = zip(replies, starts, ends, strict=True)
+    return [(start, end) for index, start, end in spans if index in trained]
 
 
-def _prefix_spans(tokenizer: Any, row: Row) -> list[tuple[int, int]]:
-    """Spans found by rendering up to each reply and past it, proven to be prefixes of the whole conversation."""
-    whole, spans = _template(tokenizer, row.messages, row), []
-    for index, message in enumerate(row.messages):
-        if message["role"] != "assistant":
-            continue
+def _prefix_spans(tokenizer: Any, row: Row, whole: list[int]) -> list[Span] | None:
+    """Spans of the replies to train, from rendering up to each and past it. None unless both begin the whole."""
+    spans = []
+    for index in _trained_replies(row):
         before = _template(tokenizer, row.messages[:index], row, add_generation_prompt=True)
         after = _template(tokenizer, row.messages[: index + 1], row)
         if whole[: len(before)] != before or whole[: len(after)] != after:
-            raise DataError(
-                f"{row.origin}: messages[{index}]: the chat template renders this turn differently once others follow, "
-                "so what the model would sample is unknown; keep one assistant message per row, "
-                "or use a template with {% generation %} tags"
-            )
+            return None
         spans.append((len(before), len(after)))
     return spans
+
+
+def _source(tokenizer: Any, row: Row) -> str:
+    source: str = tokenizer.get_chat_template(tools=row.fields.get("tools"))
+    return source
 
 
 def _template(tokenizer: Any, messages: list[Message], row: Row, add_generation_prompt: bool = False) -> list[int]:
     from jinja2 import TemplateError
 
+    tools = row.fields.get("tools")
+    uses = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    lost = [name for name, used in uses.items() if used and name not in _source(tokenizer, row)]
+    if lost:
+        raise DataError(
+            f"{row.origin}: the chat template leaves out {lost[0]!r}; use a tokenizer whose template has it"
+        )
     try:
         tokens: list[int] = tokenizer.apply_chat_template(
-            _plain(messages),
-            tools=row.fields.get("tools"),
-            add_generation_prompt=add_generation_prompt,
-            return_dict=False,
+            _plain(messages), tools=tools, add_generation_prompt=add_generation_prompt, return_dict=False
         )
     except TemplateError as exc:
         raise DataError(f"{row.origin}: the chat template refuses these messages: {exc}") from exc

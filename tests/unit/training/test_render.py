@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from training.utils import DataError
-from training.utils.data import Row
+from training.utils.data import Pair, Row
 from training.utils.datums import build_datum
-from training.utils.render import load_tokenizer, render_chat, render_prompt
+from training.utils.render import Rendered, load_tokenizer, render_chat, render_pair, render_prompt
 
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -44,31 +44,75 @@ def tokenizer(tiny_dir: Path) -> Any:
     return load_tokenizer(str(tiny_dir))
 
 
-def row(messages: list[dict[str, Any]]) -> Row:
-    return Row(messages, {}, "a.jsonl:1")
+def row(messages: list[dict[str, Any]], **fields: Any) -> Row:
+    return Row(messages, fields, "a.jsonl:1")
+
+
+def render_one(tokenizer: Any, row: Row) -> Rendered:
+    (rendered,) = render_chat(tokenizer, row)
+    return rendered
 
 
 @pytest.mark.parametrize("template", [None, PLAIN, TAGS_WITHOUT_STOP])
 def test_only_replies_and_their_stop_tokens_are_trained(tokenizer: Any, template: str | None) -> None:
     tokenizer.chat_template = template or tokenizer.chat_template
-    rendered = render_chat(tokenizer, row(TURNS))
+    rendered = render_one(tokenizer, row(TURNS))
     assert tokenizer.decode(rendered.trained_tokens) == "1<|im_end|>2 it is<|im_end|>"
     assert rendered.tokens == tokenizer.apply_chat_template(TURNS, return_dict=False)
 
 
 def test_a_message_of_weight_zero_is_context(tokenizer: Any) -> None:
     messages = [*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[3:]]
-    assert tokenizer.decode(render_chat(tokenizer, row(messages)).trained_tokens) == "2 it is<|im_end|>"
+    assert tokenizer.decode(render_one(tokenizer, row(messages)).trained_tokens) == "2 it is<|im_end|>"
     with pytest.raises(DataError, match="no token to train on"):
         render_chat(tokenizer, row([*TURNS[:2], TURNS[2] | {"weight": 0}]))
 
 
-def test_a_template_that_rewrites_history_is_refused_only_where_it_does(tokenizer: Any) -> None:
+def test_where_a_template_rewrites_history_each_reply_is_trained_as_it_was_sampled(tokenizer: Any) -> None:
     tokenizer.chat_template = REWRITES
-    single = render_chat(tokenizer, row(TURNS[:3]))
-    assert tokenizer.decode(single.trained_tokens) == "<think>\n\n</think>\n\n1<|im_end|>"
-    with pytest.raises(DataError, match=r"a.jsonl:1: messages\[2\]: .*differently once others follow"):
-        render_chat(tokenizer, row(TURNS))
+    first, second = render_chat(tokenizer, row(TURNS))
+    assert tokenizer.decode(first.trained_tokens) == "<think>\n\n</think>\n\n1<|im_end|>"
+    assert tokenizer.decode(second.trained_tokens) == "<think>\n\n</think>\n\n2 it is<|im_end|>"
+    assert second.tokens == tokenizer.apply_chat_template(TURNS, return_dict=False)
+    # A reply that is only context may look different; what is trained is the last one.
+    only_last = render_one(tokenizer, row([*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[3:]]))
+    assert only_last == second
+
+
+def test_a_pair_shares_its_prompt_and_trains_both_answers(tokenizer: Any) -> None:
+    context = [message | {"weight": 0} for message in TURNS[:4]]
+    sides = [row([*context, {"role": "assistant", "content": text}]) for text in ("2 it is", "no idea")]
+    for template in (None, REWRITES):
+        tokenizer.chat_template = template or tokenizer.chat_template
+        chosen, rejected = render_pair(tokenizer, Pair(*sides))
+        start = chosen.weights.index(1.0)
+        assert chosen.tokens[:start] == rejected.tokens[:start]
+        assert tokenizer.decode(chosen.trained_tokens).endswith("2 it is<|im_end|>")
+        assert tokenizer.decode(rejected.trained_tokens).endswith("no idea<|im_end|>")
+    tokenizer.chat_template = REWRITES
+    with pytest.raises(DataError, match=r"a.jsonl:1: .*differently once others follow"):
+        render_pair(tokenizer, Pair(row(TURNS), row(TURNS)))
+
+
+def test_a_cut_conversation_keeps_its_beginning(tokenizer: Any) -> None:
+    whole = render_one(tokenizer, row(TURNS))
+    cut = whole.cut(len(whole.tokens) - 4)
+    assert (cut.tokens, cut.weights) == (whole.tokens[:-4], whole.weights[:-4])
+    assert whole.cut(10_000) == whole
+
+
+def test_tools_that_the_template_would_drop_are_refused(tokenizer: Any) -> None:
+    call = [{"type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    with pytest.raises(DataError, match="leaves out 'tool_calls'"):
+        render_chat(tokenizer, row([TURNS[1], {"role": "assistant", "content": "", "tool_calls": call}]))
+    with pytest.raises(DataError, match="leaves out 'tools'"):
+        render_prompt(tokenizer, row([TURNS[1]], tools=call))
+    tokenizer.chat_template = "{% for t in tools %}{{ t.function.name }} {% endfor %}" + PLAIN.replace(
+        "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls %}<tool_call>{{ c.function.name }}{% endfor %}"
+    )
+    rendered = render_one(tokenizer, row([TURNS[1], TURNS[2] | {"tool_calls": call}], tools=call))
+    assert tokenizer.decode(rendered.tokens).startswith("add <|im_start|>user")
+    assert tokenizer.decode(rendered.trained_tokens) == "1<tool_call>add<|im_end|>"
 
 
 def test_a_template_without_a_stop_token_is_refused(tokenizer: Any) -> None:
@@ -79,7 +123,7 @@ def test_a_template_without_a_stop_token_is_refused(tokenizer: Any) -> None:
 
 def test_a_prompt_ends_where_the_assistant_begins(tokenizer: Any) -> None:
     prompt = render_prompt(tokenizer, row(TURNS[:2]))
-    whole = render_chat(tokenizer, row(TURNS[:3]))
+    whole = render_one(tokenizer, row(TURNS[:3]))
     assert whole.tokens[: len(prompt)] == prompt
     assert whole.weights.index(1.0) == len(prompt)
 

@@ -1,0 +1,106 @@
+"""Optimizer steps with two of them in flight: the next is sent before the last is awaited, so a trainer never idles.
+
+Knows no loss. Invariants: steps finish in the order they were sent; where a step is a stop, nothing later is on its way
+when it is handed out, so that a state or a held-out loss belongs behind exactly that step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from training.utils import data
+from training.utils.client import Waitable
+from training.utils.metrics import Timer
+
+STEPS_IN_FLIGHT = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which rows one step trains on. `consumed` counts the rows of the data stream up to its end."""
+
+    number: int
+    consumed: int
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows each step takes behind `start` finished steps and `consumed` rows.
+
+    There are `max_steps` steps if that is given, else as many as `epochs` need; then the last may be smaller.
+    """
+
+    num_rows: int
+    batch_size: int
+    epochs: int
+    max_steps: int | None
+    seed: int
+    start: int
+    consumed: int
+
+    @property
+    def num_left(self) -> int:
+        """Rows until the last epoch ends."""
+        return max(self.num_rows * self.epochs - self.consumed, 0)
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps or self.start + math.ceil(self.num_left / self.batch_size)
+
+    def steps(self) -> Iterator[Step]:
+        """Every step that is still to be taken."""
+        consumed = self.consumed
+        for number in range(self.start + 1, self.total_steps + 1):
+            left = self.batch_size if self.max_steps else self.num_rows * self.epochs - consumed
+            rows = data.batch_at(self.num_rows, consumed, min(self.batch_size, left), self.seed)
+            consumed += len(rows)
+            yield Step(number, consumed, rows)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A step that was sent and not yet awaited."""
+
+    step: Step
+    num_tokens: int
+    learning_rate: float
+    forward_backward: Waitable
+    optim_step: Waitable
+
+    def wait(self, timeout: float) -> dict[str, float]:
+        """The step's metrics, once the trainer has taken it."""
+        timer = Timer()
+        with timer("forward_backward"):
+            reported = self.forward_backward.result(timeout=timeout).metrics
+        with timer("optim"):
+            optim = self.optim_step.result(timeout=timeout).metrics or {}
+        # A service's own metrics say how they are reduced behind a colon; those of a loss of ours have plain names.
+        metrics = {f"train/{name}": value for name, value in reported.items() if ":" not in name}
+        metrics |= {"train/loss": reported["loss:sum"], "optim/lr": self.learning_rate} | timer.seconds
+        return metrics | ({"optim/grad_norm": optim["grad_norm"]} if "grad_norm" in optim else {})
+
+
+def pipelined(
+    steps: Iterator[Step], send: Callable[[Step], Sent], stops: Callable[[int], bool], timeout: float
+) -> Iterator[tuple[Step, dict[str, float]]]:
+    """Send every step and hand out (step, metrics) as each finishes. `timeout` (s) bounds each wait.
+
+    A step on which `stops` says so is handed out before the next one is sent.
+    """
+    in_flight: deque[Sent] = deque()
+    last = time.monotonic()
+    for step in steps:
+        in_flight.append(send(step))
+        while in_flight and (stops(step.number) or len(in_flight) >= STEPS_IN_FLIGHT):
+            done = in_flight.popleft()
+            metrics = done.wait(timeout)
+            seconds = time.monotonic() - last
+            metrics |= {"perf/tokens_per_s": done.num_tokens / seconds, "time/step_s": seconds}
+            yield done.step, metrics
+            last = time.monotonic()
+    assert not in_flight, "the last step is a stop"
