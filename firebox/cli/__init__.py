@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from firebox.cli import resources, server, workers
+from firebox.cli import keys, resources, server, workers
 from firebox.wire.errors import FireboxError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command("shapes")(resources.shapes)
 app.command("jobs")(resources.jobs)
 app.command("deployments")(resources.deployments)
 app.command("checkpoints")(resources.checkpoints)
+app.add_typer(keys.keys_app, name="keys")
 app.command("logs")(resources.logs)
 app.command("trainer")(workers.trainer)
 app.command("sampler")(workers.sampler)

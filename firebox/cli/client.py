@@ -59,12 +59,13 @@ class Client:
             )
         return self.layout.staging
 
-    def every(self, path: str, key: str, **params: str) -> list[dict[str, Any]]:
-        """All pages of a listing."""
+    def every(self, path: str, key: str, *, account: str = "", **params: str) -> list[dict[str, Any]]:
+        """All pages of a listing, of the account itself unless another one is named."""
         found: list[dict[str, Any]] = []
         token = ""
         while True:
-            page = self.own("GET", path, params={"pageSize": "200", "pageToken": token, **params})
+            url = f"/v1/accounts/{account or self.account}/{path}"
+            page = self.ask("GET", url, params={"pageSize": "200", "pageToken": token, **params})
             found += page[key]
             token = page.get("nextPageToken", "")
             if not token:

@@ -33,6 +33,7 @@ def up(
         bool,
         typer.Option("--bitwise", help="Sampler and trainer agree to the last bit: float32 on a CPU, slower."),
     ] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object per line.")] = False,
 ) -> None:
     """Start the server.
 
@@ -41,4 +42,5 @@ def up(
     from firebox.cli.up import run
 
     allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
-    run(data_dir.expanduser().resolve(), host, port, model or [], idle_minutes * 60, allow_dirs, bitwise=bitwise)
+    data = data_dir.expanduser().resolve()
+    run(data, host, port, model or [], idle_minutes * 60, allow_dirs, bitwise=bitwise, log_json=log_json)

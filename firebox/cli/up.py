@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -14,10 +13,11 @@ from pathlib import Path
 
 import uvicorn
 
+from firebox.cli import logs
 from firebox.control.app import ControlPlane, clear_staging
 from firebox.control.layout import Layout
 from firebox.control.services import (
-    accounts,
+    api_keys,
     deployments,
     model_dir,
     models,
@@ -51,15 +51,14 @@ def run(
     allow_dirs: Sequence[Path] = (),
     *,
     bitwise: bool = False,
+    log_json: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
     Trainers may read adapters beneath `allow_dirs`. With `bitwise`, all workers are bitwise ones.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure(as_json=log_json)
     layout = Layout(data_dir)
     layout.create()
     lock = ServerLock(layout.lock)
@@ -81,8 +80,7 @@ async def _serve(
 ) -> None:
     clear_staging(layout)
     context = control.context
-    new_key = await accounts.first_start(context)
-    keys = await accounts.load_keys(context)
+    new_key = await api_keys.start(context)
     for directory in model_dirs:
         await _register(control, directory)
 
@@ -98,14 +96,16 @@ async def _serve(
         control.app,
         LookUps(partial(trainer_jobs.address, context), partial(deployments.address, context)),
         _root_calls(context),
-        lambda key: accounts.account_of(keys, key),
+        partial(api_keys.use, context),
         context.downloads.account_of,
         allowed_hosts(host),
         life,
     )
     config = uvicorn.Config(
         app,
+        log_config=None,
         log_level="warning",
+        access_log=False,
         lifespan="on",
         timeout_graceful_shutdown=_SHUTDOWN_S,
         timeout_keep_alive=KEEP_ALIVE_S,

@@ -26,8 +26,10 @@ from firebox.control.reconcile.trainer_jobs import TrainerJobs
 from firebox.control.reconcile.training_runs import TrainingRuns
 from firebox.control.routes import (
     accounts,
+    api_keys,
     checkpoints,
     deployments,
+    metrics,
     models,
     operations,
     run_checkpoints,
@@ -85,6 +87,7 @@ class ControlPlane:
         await self._deployments.close()
         await self._jobs.driver.close()
         await self._launcher.close()
+        await self.context.keyring.close()
         self.context.db.close()
 
 
@@ -97,11 +100,12 @@ def clear_staging(layout: Layout) -> None:
 def _build_app(control: Control) -> FastAPI:
     app = FastAPI(title="Firebox", version=__version__)
     app.state.control = control
-    for module in (accounts, models, training_shapes, trainer_jobs, checkpoints, operations, deployments):
+    for module in (accounts, api_keys, models, training_shapes, trainer_jobs, checkpoints, operations, deployments):
         app.include_router(module.router)
     for module in (sessions, training_runs, run_checkpoints, samplers):
         app.include_router(module.router)
     app.include_router(deployments.hot_load_router)
+    app.include_router(metrics.router)
     app.add_exception_handler(FireboxError, _on_firebox_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_error)

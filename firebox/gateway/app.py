@@ -13,6 +13,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
 from firebox.gateway.guard import Guard
+from firebox.gateway.limits import Key
+from firebox.gateway.observe import Observed
 from firebox.gateway.proxy import LookUps, Proxy
 from firebox.gateway.tinker import Root, RootCalls
 from firebox.wire.errors import FireboxError, envelope
@@ -24,7 +26,7 @@ def build_app(
     control: Any,
     look_ups: LookUps,
     root_calls: RootCalls,
-    account_of: Callable[[str], str | None],
+    key_of: Callable[[str], Key | None],
     account_of_ticket: Callable[[str], str | None],
     hosts: frozenset[str],
     lifespan: Callable[[], contextlib.AbstractAsyncContextManager[None]],
@@ -50,7 +52,7 @@ def build_app(
             *root.routes,
             Mount("/", app=control),
         ],
-        middleware=[Middleware(Guard, account_of, hosts, account_of_ticket)],
+        middleware=[Middleware(Observed), Middleware(Guard, key_of, hosts, account_of_ticket)],
         exception_handlers={FireboxError: _on_error},
         lifespan=life,
     )

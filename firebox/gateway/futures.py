@@ -1,6 +1,7 @@
 """Requests that the server answers itself, because a worker may first have to start: begun at once, fetched later.
 
-Invariant: a request id gets one answer, which stays readable for minutes; the same id begun again is the same request.
+Invariant: a request id of an account gets one answer, which stays readable for minutes; the same id begun again is the
+same request. No account ever reads another's.
 """
 
 from __future__ import annotations
@@ -27,32 +28,33 @@ class Futures:
     """Answers are JSON bodies; a failure is one too, as clients expect it."""
 
     def __init__(self) -> None:
-        self._tasks: dict[str, asyncio.Task[bytes]] = {}
-        self._ended: deque[tuple[float, str]] = deque()
+        self._tasks: dict[tuple[str, str], asyncio.Task[bytes]] = {}
+        self._ended: deque[tuple[float, tuple[str, str]]] = deque()
 
-    def start(self, request_id: str, work: Callable[[], Awaitable[bytes]]) -> None:
+    def start(self, account: str, request_id: str, work: Callable[[], Awaitable[bytes]]) -> None:
         """Begin `work`, unless this request was begun before; raises ResourceExhausted when too many are under way."""
         self._forget_expired()
-        if request_id in self._tasks:
+        request = (account, request_id)
+        if request in self._tasks:
             return
         if len(self._tasks) - len(self._ended) >= _MAX_PENDING:
             raise ResourceExhausted(f"{_MAX_PENDING} requests are waiting already; try again later")
-        task = self._tasks[request_id] = asyncio.create_task(_answer(work))
-        task.add_done_callback(lambda _: self._ended.append((time.monotonic(), request_id)))
+        task = self._tasks[request] = asyncio.create_task(_answer(work))
+        task.add_done_callback(lambda _: self._ended.append((time.monotonic(), request)))
 
-    def failed(self, error: FireboxError) -> str:
+    def failed(self, account: str, error: FireboxError) -> str:
         """The id of a request that is answered with `error`."""
 
         async def fail() -> bytes:
             raise error
 
         request_id = uuid.uuid4().hex
-        self.start(request_id, fail)
+        self.start(account, request_id, fail)
         return request_id
 
-    async def wait(self, request_id: str, hold_s: float) -> bytes | None:
+    async def wait(self, account: str, request_id: str, hold_s: float) -> bytes | None:
         """The answer, or None when it is not there within `hold_s` seconds; raises NotFound."""
-        task = self._tasks.get(request_id)
+        task = self._tasks.get((account, request_id))
         if task is None:
             raise NotFound(f"request_id: {request_id!r} is not known, or its answer expired; send the request again")
         await asyncio.wait({task}, timeout=hold_s)

@@ -16,7 +16,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from firebox.gateway.guard import REQUEST_ID
+from firebox.gateway.observe import REQUEST_ID
 from firebox.wire.errors import FireboxError, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from firebox.wire.worker import WORKER_TOKEN_HEADER, WorkerAddress
 

@@ -134,7 +134,7 @@ class Root:
     async def _create_model(self, request: Request) -> Response:
         body = _read(await request.body(), CreateModelBody)
         account = request.scope["account"]
-        return self._own(f"create.{body.model_id}", lambda: _json(self._calls.create(account, body)))
+        return self._own(account, f"create.{body.model_id}", lambda: _json(self._calls.create(account, body)))
 
     async def _load(self, request: Request) -> Response:
         raw = await request.body()
@@ -142,7 +142,7 @@ class Root:
         if address.model_id is None:
             body = _read(raw, LoadNewModelBody)
             account = request.scope["account"]
-            return self._own(f"create.{body.model_id}", lambda: _json(self._calls.create_from(account, body)))
+            return self._own(account, f"create.{body.model_id}", lambda: _json(self._calls.create_from(account, body)))
 
         async def translate() -> dict[str, Any]:
             fields = msgspec.json.decode(raw, type=dict[str, Any])
@@ -158,7 +158,7 @@ class Root:
             await self._calls.unload(account, model_id)
             return {"model_id": model_id, "type": "unload_model"}
 
-        return self._own(f"unload.{model_id}", lambda: _json(unload()))
+        return self._own(account, f"unload.{model_id}", lambda: _json(unload()))
 
     # -------------------------------------------------------------------------------------------------- operations
 
@@ -175,7 +175,7 @@ class Root:
             home = await self._calls.home(request.scope["account"], model_id)
             return await self._accepted(request, home, request.url.path, raw)
         except FireboxError as error:
-            return self._failed(error)
+            return self._failed(request, error)
 
     async def _save(self, request: Request) -> Response:
         return await self._save_as(request, "training")
@@ -224,7 +224,7 @@ class Root:
                 fields = {"model_id": address.model_id, "seq_id": address.seq_id, "error": error.message}
             return await self._accepted(request, home, path, msgspec.json.encode(fields))
         except FireboxError as error:
-            return self._failed(error)
+            return self._failed(request, error)
 
     async def _accepted(self, request: Request, home: Home, path: str, body: bytes) -> Response:
         answer = await self._proxy.send(request, home.address, path, body)
@@ -239,10 +239,10 @@ class Root:
     async def _sample(self, request: Request) -> Response:
         raw = await request.body()
         body = _read(raw, tinker.SampleAddress)
-        sampler = body.sampling_session_id
+        account, sampler = request.scope["account"], body.sampling_session_id
 
         async def sample() -> bytes:
-            target = await self._calls.sampling(request.scope["account"], sampler)
+            target = await self._calls.sampling(account, sampler)
             order = msgspec.json.encode({"snapshot": target.snapshot, "request": msgspec.Raw(raw)})
             answer = await self._proxy.send(request, target.address, "/worker/sample", order)
             content = await answer.aread()
@@ -251,18 +251,18 @@ class Root:
             return content
 
         request_id = f"sample.{sampler}.{body.seq_id}"
-        self._futures.start(request_id, sample)
+        self._futures.start(account, request_id, sample)
         sequences = [f"{sampler}:{body.seq_id}:{i}" for i in range(body.num_samples)]
         return JSONResponse(_promise(request_id) | {"sample_sequence_ids": sequences})
 
     # ----------------------------------------------------------------------------------------------------- futures
 
-    def _own(self, request_id: str, work: Callable[[], Awaitable[bytes]]) -> Response:
-        self._futures.start(request_id, work)
+    def _own(self, account: str, request_id: str, work: Callable[[], Awaitable[bytes]]) -> Response:
+        self._futures.start(account, request_id, work)
         return JSONResponse(_promise(request_id))
 
-    def _failed(self, error: FireboxError) -> Response:
-        return JSONResponse(_promise(self._futures.failed(error)))
+    def _failed(self, request: Request, error: FireboxError) -> Response:
+        return JSONResponse(_promise(self._futures.failed(request.scope["account"], error)))
 
     async def _retrieve(self, request: Request) -> Response:
         request_id = _decode(await request.body(), _FutureBody).request_id
@@ -277,7 +277,7 @@ class Root:
             return JSONResponse(failure(error))
 
     async def _retrieve_own(self, request: Request, request_id: str, number: str) -> Response:
-        content = await self._futures.wait(number, _HOLD_S)
+        content = await self._futures.wait(request.scope["account"], number, _HOLD_S)
         if content is None:
             return JSONResponse({"type": "try_again", "request_id": request_id, "queue_state": "active"})
         if number.startswith("sample.") and MEDIA_TYPE in request.headers.get("accept", ""):

@@ -31,6 +31,30 @@ class Account(Camel):
     state: str = "READY"
 
 
+class CreateApiKey(Camel):
+    """`account` comes from the path. The limits are per key; none means none."""
+
+    account: str = ""
+    display_name: str = Field(min_length=1, max_length=63)
+    operator: bool = False
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    max_concurrent: int | None = Field(default=None, ge=1)
+
+
+class ApiKey(Camel):
+    """`secret` is the key itself, in the answer to its creation only."""
+
+    name: str
+    state: str
+    display_name: str
+    operator: bool
+    create_time: str
+    last_used_time: str | None = None
+    requests_per_minute: int | None = None
+    max_concurrent: int | None = None
+    secret: str | None = None
+
+
 class BaseModelDetails(Camel):
     model_type: str
     parameter_count: str

@@ -77,7 +77,13 @@ class TooLarge(FireboxError):
 
 
 class ResourceExhausted(FireboxError):
+    """`retry_after_s`: in how many seconds it may be worth trying again, where that is known."""
+
     code, status, default_reason = 8, 429, "RESOURCE_EXHAUSTED"
+
+    def __init__(self, message: str, *, reason: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, reason=reason)
+        self.retry_after_s = retry_after_s
 
 
 class Internal(FireboxError):

@@ -25,7 +25,12 @@ def _caller(request: Request) -> str:
     return cast(str, request.scope["account"])
 
 
-def _account(request: Request) -> str:
+def is_operator(request: Request) -> bool:
+    """Whether the caller's key may manage the server itself."""
+    return cast(bool, request.scope["operator"])
+
+
+def own_account(request: Request) -> str:
     """The account in the path: the caller's own, or the shared one that stands for it."""
     caller = _caller(request)
     account = request.path_params["account"]
@@ -41,5 +46,5 @@ def _hold(prefer: Annotated[str, Header()] = "") -> float:
 
 Ctx = Annotated[Control, Depends(_control)]
 Caller = Annotated[str, Depends(_caller)]
-Account = Annotated[str, Depends(_account)]
+Account = Annotated[str, Depends(own_account)]
 Hold = Annotated[float, Depends(_hold)]

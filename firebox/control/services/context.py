@@ -14,6 +14,7 @@ from firebox.control.database import Database
 from firebox.control.layout import Layout
 from firebox.control.services.downloads import Downloads
 from firebox.control.services.fleet import Fleet
+from firebox.control.services.keyring import Keyring
 from firebox.control.services.presence import Presence
 from firebox.wire.errors import InvalidArgument, PermissionDenied
 from firebox.wire.names import SHARED_ACCOUNT, resource, split_resource
@@ -37,6 +38,7 @@ class Control:
     ask: Callable[[WorkerAddress, str, bytes], Awaitable[bytes]]
     changes: Changes = field(default_factory=Changes)
     fleet: Fleet = field(default_factory=Fleet)
+    keyring: Keyring = field(default_factory=Keyring)
     presence: Presence = field(default_factory=Presence)
     downloads: Downloads = field(default_factory=Downloads)
     accelerators: Sequence[str] = ()

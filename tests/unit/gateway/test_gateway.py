@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -22,12 +22,23 @@ from starlette.routing import Route
 from firebox.gateway import guard
 from firebox.gateway.app import build_app
 from firebox.gateway.guard import allowed_hosts
+from firebox.gateway.limits import Limits
 from firebox.gateway.proxy import LookUps
 from firebox.gateway.tinker import RootCalls
-from firebox.wire.errors import FailedPrecondition, NotFound
+from firebox.wire.errors import FailedPrecondition, NotFound, ResourceExhausted
 from firebox.wire.worker import WORKER_TOKEN_HEADER, WorkerAddress
 
-KEY = "fb_right"
+
+class Known(NamedTuple):
+    name: str
+    account: str = "local"
+    operator: bool = False
+    requests_per_minute: int | None = None
+    max_concurrent: int | None = None
+
+
+KEY, RATED, NARROW = "fb_right", "fb_rated", "fb_narrow"
+KEYS = {KEY: Known("k"), RATED: Known("r", requests_per_minute=3), NARROW: Known("n", max_concurrent=1)}
 TICKET = "for-one-artifact"
 OTHER_CALLS = [field.name for field in dataclasses.fields(RootCalls) if field.name != "trainer"]
 WORKER = "/training/v1/rlorTrainerJobs/local/job"
@@ -106,7 +117,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         control,
         LookUps(trainer, sampler),
         RootCalls(trainer=trainer, **dict.fromkeys(OTHER_CALLS, trainer)),
-        lambda key: "local" if key == KEY else None,
+        KEYS.get,
         lambda ticket: "local" if ticket == TICKET else None,
         allowed_hosts("127.0.0.1"),
         life,
@@ -269,3 +280,62 @@ def test_ticket_opens_downloads_only(base: str) -> None:
     assert httpx.get(download.replace(TICKET, "another")).status_code == 401
     assert httpx.get(f"{base}/v1/echo", headers={"X-Api-Key": TICKET}).status_code == 401
     assert httpx.get(f"{base}/api/v1/healthz/{TICKET}").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "origin", ["null", "http://evil.example", "http://localhost.evil.example:80", "http://a@x", ""]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
+def test_pages_of_others_are_refused(base: str, origin: str, method: str) -> None:
+    answer = ask(base, method, "/docs", headers={"Origin": origin})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["details"][0]["reason"] == "ORIGIN_NOT_ALLOWED"
+
+
+def test_own_pages_are_let_in(base: str) -> None:
+    for origin in (base, "http://localhost:3000", "https://[::1]:1"):
+        assert ask(base, "GET", "/docs", headers={"Origin": origin}).status_code == 418
+
+
+def test_web_sockets_are_refused(base: str) -> None:
+    upgrade = {
+        "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }  # fmt: skip
+    for path in PATHS:
+        assert httpx.get(base + path, headers=upgrade).status_code in (401, 403), path
+
+
+def test_key_with_a_rate_is_told_when_to_come_back(base: str) -> None:
+    codes = [ask(base, "GET", "/docs", headers={"X-Api-Key": RATED}) for _ in range(5)]
+    assert [answer.status_code for answer in codes] == [418] * 3 + [429] * 2
+    assert codes[-1].json()["error"]["details"][0]["reason"] == "TOO_MANY_REQUESTS"
+    assert 50 < int(codes[-1].headers["retry-after"]) <= 60
+    waits = ask(base, "POST", f"{WORKER}/api/v1/retrieve_future", json={}, headers={"X-Api-Key": RATED})
+    assert waits.status_code == 418, "waiting for what was asked before is not counted"
+
+
+def test_key_has_so_many_requests_open_at_a_time(base: str) -> None:
+    slow = {"X-Api-Key": NARROW}
+    with httpx.stream("GET", f"{base}{WORKER}/api/v1/stream", headers=slow) as first:
+        refused = ask(base, "GET", "/docs", headers=slow)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        first.read()
+    assert ask(base, "GET", "/docs", headers=slow).status_code == 418
+
+
+def test_limits_count_exactly() -> None:
+    now = [0.0]
+    limits, key = Limits(lambda: now[0]), Known("k", requests_per_minute=2)
+
+    def asked(at: float) -> bool:
+        now[0] = at
+        try:
+            with limits.slot(key):
+                return True
+        except ResourceExhausted:
+            return False
+
+    assert [asked(t) for t in (0, 10, 20, 59.9, 60, 61, 70, 119.9, 120)] == [
+        True, True, False, False, True, False, True, False, True
+    ]  # fmt: skip
