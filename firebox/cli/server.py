@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from firebox.cli.options import DEFAULT_DATA_DIR, DataDir
+from firebox.wire.worker import ComputeMode
 
 
 def up(
@@ -29,10 +30,13 @@ def up(
             file_okay=False,
         ),
     ] = None,
-    bitwise: Annotated[
-        bool,
-        typer.Option("--bitwise", help="Sampler and trainer agree to the last bit: float32 on a CPU, slower."),
-    ] = False,
+    mode: Annotated[
+        ComputeMode,
+        typer.Option(
+            help="exact: a result depends on its own request alone. bitwise: sampler and trainer agree to the last "
+            "bit; float32 on a CPU, slower. throughput: LoRA models share passes; equal to 1e-6."
+        ),
+    ] = "exact",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object per line.")] = False,
 ) -> None:
     """Start the server.
@@ -43,4 +47,4 @@ def up(
 
     allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
     data = data_dir.expanduser().resolve()
-    run(data, host, port, model or [], idle_minutes * 60, allow_dirs, bitwise=bitwise, log_json=log_json)
+    run(data, host, port, model or [], idle_minutes * 60, allow_dirs, mode=mode, log_json=log_json)

@@ -37,6 +37,7 @@ from firebox.launch.local import LocalLauncher
 from firebox.wire.control import CreateModel
 from firebox.wire.errors import FailedPrecondition
 from firebox.wire.names import DEFAULT_ACCOUNT
+from firebox.wire.worker import ComputeMode
 
 _BACKLOG = 2048
 _SHUTDOWN_S = 2
@@ -50,20 +51,20 @@ def run(
     idle_s: float = 600.0,
     allow_dirs: Sequence[Path] = (),
     *,
-    bitwise: bool = False,
+    mode: ComputeMode = "exact",
     log_json: bool = False,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
-    Trainers may read adapters beneath `allow_dirs`. With `bitwise`, all workers are bitwise ones.
+    Trainers may read adapters beneath `allow_dirs`. All workers compute in `mode`.
     """
     logs.configure(as_json=log_json)
     layout = Layout(data_dir)
     layout.create()
     lock = ServerLock(layout.lock)
     try:
-        launcher = LocalLauncher(layout.run, layout.lock, bitwise=bitwise)
+        launcher = LocalLauncher(layout.run, layout.lock, mode=mode)
         control = ControlPlane(layout, launcher, idle_s, allow_dirs)
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_serve(layout, listener, host, model_dirs, control))

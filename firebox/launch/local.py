@@ -20,7 +20,7 @@ from typing import Final
 import msgspec
 
 from firebox.launch.api import Worker, WorkerPlan
-from firebox.wire.worker import ReadyNotice, WorkerAddress, WorkerRuntime
+from firebox.wire.worker import ComputeMode, ReadyNotice, WorkerAddress, WorkerRuntime
 
 START_WITHIN_S: Final = 600.0
 STOP_WITHIN_S: Final = 6.0
@@ -90,13 +90,13 @@ class LocalLauncher:
         *,
         command: Sequence[str] = FIREBOX,
         orphan_grace_s: float = 8.0,
-        bitwise: bool = False,
+        mode: ComputeMode = "exact",
     ) -> None:
         self._command = command
         self._run_dir = run_dir
         self._lease = lease
         self._grace_s = orphan_grace_s
-        self._bitwise = bitwise
+        self._mode = mode
         self._workers: dict[str, LocalWorker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ class LocalLauncher:
             orphan_grace_s=self._grace_s,
             ready_fd=ready_fd,
             threads=plan.threads,
-            bitwise=self._bitwise,
+            mode=self._mode,
         )
 
     def _socket_path(self, ident: str) -> str:

@@ -50,7 +50,7 @@ def build_app(spec: SamplerSpec, *, deadline_s: float = 3600.0) -> Starlette:
     """
     torch.set_num_threads(spec.runtime.threads)
     model_dir = Path(spec.model_dir)
-    lm = load_causal_lm(model_dir, dtype=getattr(torch, spec.dtype), bitwise=spec.runtime.bitwise)
+    lm = load_causal_lm(model_dir, dtype=getattr(torch, spec.dtype), bitwise=spec.runtime.mode == "bitwise")
     text = Text(model_dir)
     engine = Engine(lm, max_batch=spec.max_batch, decode=text.decode_raw)
     hotloader = Hotloader(spec, lm, engine)

@@ -9,9 +9,10 @@ goes wrong later leaves the weights and the gradients that were there before.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import msgspec
 import torch
 
 from firebox.modeling.causal_lm import load_causal_lm
-from firebox.trainer import embeddings, passes
+from firebox.trainer import embeddings, mixed, passes
 from firebox.trainer.adapter_source import find_adapter
 from firebox.trainer.checkpoint import (
     checkpoints_dir,
@@ -74,10 +75,11 @@ class Engine:
         for directory in (checkpoints_dir(self._job_dir), snapshots_dir(self._job_dir)):
             sweep_scratch(directory)
         # Weights stay float32, whatever the matrix products are computed in: small updates would be lost otherwise.
-        if spec.runtime.bitwise and spec.dtype != "float32":
+        bitwise = spec.runtime.mode == "bitwise"
+        if bitwise and spec.dtype != "float32":
             raise FailedPrecondition(f"bitwise mode: {spec.dtype} products are rounded by company; train in float32")
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._lm = load_causal_lm(Path(spec.model_dir), device=device, bitwise=spec.runtime.bitwise)
+        self._lm = load_causal_lm(Path(spec.model_dir), device=device, bitwise=bitwise)
         trains_base = not (spec.lora_rank or spec.forward_only)
         self._lm.model.requires_grad_(trains_base)
         self._base = ModelState(dict(self._lm.model.named_parameters()) if trains_base else {})
@@ -106,7 +108,7 @@ class Engine:
     def execute(self, command: Command) -> Result:
         """Execute one command. Never raises: a mistake becomes a `Failed` result, and so does a bug of ours."""
         try:
-            with torch.autocast(self._lm.device.type, torch.bfloat16, enabled=self._spec.dtype == "bfloat16"):
+            with self._precision():
                 return self._handlers[type(command.operation)](command.model_id, command.operation)
         except FireboxError as error:
             return failed(error)
@@ -114,6 +116,40 @@ class Engine:
             trace = "".join(traceback.format_exception(error))
             log.error("%s of %s failed\n%s", type(command.operation).__name__, command.model_id, trace)
             return Failed(error=f"{type(error).__name__}: {error}", category="server")
+
+    def may_share(self, command: Command) -> bool:
+        """Whether others' commands may run in the same passes: small ones of LoRA models, in the throughput mode."""
+        state = self._models.get(command.model_id)
+        if self._spec.runtime.mode != "throughput" or state is None or state.adapter is None:
+            return False
+        return isinstance(command.operation, Forward) and mixed.pays(command.operation)
+
+    def execute_together(self, commands: Sequence[Command]) -> list[Result]:
+        """Execute commands of different models that `may_share` allows; when one is wrong, each of them alone."""
+        try:
+            with self._precision():
+                return self._forward_backward_together(commands)
+        except FireboxError:
+            return [self.execute(command) for command in commands]
+
+    def _forward_backward_together(self, commands: Sequence[Command]) -> list[Result]:
+        states = [self._models[command.model_id] for command in commands]
+        shares = [
+            mixed.Share(command.operation, state.adapter)
+            for command, state in zip(commands, states, strict=True)
+            if isinstance(command.operation, Forward) and state.adapter
+        ]
+        self._retained.activate(None)
+        with contextlib.ExitStack() as gradients:
+            for state in states:
+                gradients.enter_context(state.accumulating())
+            results = mixed.run(self._lm, shares, self._spec.max_context_length)
+        for state, result in zip(states, results, strict=True):
+            state.count(result.num_loss_tokens, result.num_sequences)
+        return [result.output for result in results]
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self._lm.device.type, torch.bfloat16, enabled=self._spec.dtype == "bfloat16")
 
     def _create_model(self, model_id: str, create: CreateModel) -> ModelCreated:
         rank = create.lora_config.rank

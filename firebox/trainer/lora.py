@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import torch
@@ -28,6 +28,8 @@ _UP: Final = ".lora_B.weight"
 _ATTENTION: Final = ("attn", "attention")
 _MLP: Final = ("mlp", "feed_forward")
 
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
 
 class Adapter:
     """One adapter: `parameters` maps `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r], float32."""
@@ -35,24 +37,24 @@ class Adapter:
     def __init__(self, lm: CausalLM, config: LoraConfig) -> None:
         """Raises InvalidArgument when the configuration is impossible or adapts no layer of this model."""
         _check(config)
-        self._layers = _target_layers(lm, config)
+        self.layers = _target_layers(lm, config)
         self._scale = config.effective_alpha / config.rank
         self.info = AdapterInfo(
             rank=config.rank,
             alpha=config.effective_alpha,
-            target_modules=sorted({name.rpartition(".")[2] for name in self._layers}),
+            target_modules=sorted({name.rpartition(".")[2] for name in self.layers}),
         )
-        self.parameters = _initial_values(self._layers, config)
+        self.parameters = _initial_values(self.layers, config)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Inside this block the base model computes with this adapter."""
-        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
-        try:
+
+        def hook(name: str) -> Hook:
+            return lambda layer, inputs, output: output + self.update(name, inputs[0])
+
+        with _hooked(self.layers, hook):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @property
     def changes_nothing(self) -> bool:
@@ -62,7 +64,7 @@ class Adapter:
     def merged(self) -> dict[str, Tensor]:
         """W + (alpha / rank) B A of each adapted layer, in float32, by the name of its weight."""
         weights = {}
-        for name, layer in self._layers.items():
+        for name, layer in self.layers.items():
             with torch.autocast(layer.weight.device.type, enabled=False):
                 update = self.parameters[name + _UP] @ self.parameters[name + _DOWN]
                 weights[f"{name}.weight"] = layer.weight + self._scale * update
@@ -76,7 +78,7 @@ class Adapter:
         """
         if saved.rank != self.info.rank:
             raise _unfit(f"its rank is {saved.rank}, this model's {self.info.rank}; create one with rank {saved.rank}")
-        for name in saved.factors.keys() - self._layers.keys():
+        for name in saved.factors.keys() - self.layers.keys():
             raise _unfit(f"it adapts {name}, which this model leaves alone; create one that trains this layer")
         values = {name: torch.zeros_like(p) if name.endswith(_UP) else p for name, p in self.parameters.items()}
         for name, (down, up) in saved.factors.items():
@@ -89,13 +91,35 @@ class Adapter:
             values |= found
         return values
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def update(self, name: str, inputs: Tensor) -> Tensor:
+        """(alpha / rank) B A x [..., out] of an adapted layer for its inputs x [..., in]."""
         down, up = self.parameters[name + _DOWN], self.parameters[name + _UP]
+        return F.linear(F.linear(inputs, down), up) * self._scale
 
+
+@contextlib.contextmanager
+def active_by_rows(rows: Sequence[tuple[Adapter, int]]) -> Iterator[None]:
+    """Inside this block the base model computes the first so many packed rows with the first adapter, and so on."""
+    layers = {name: layer for adapter, _ in rows for name, layer in adapter.layers.items()}
+    sizes = [size for _, size in rows]
+
+    def hook(name: str) -> Hook:
         def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + F.linear(F.linear(inputs[0], down), up) * self._scale
+            parts = zip(rows, inputs[0].split(sizes, -2), output.split(sizes, -2), strict=True)
+            return torch.cat([y + a.update(name, x) if name in a.layers else y for (a, _), x, y in parts], -2)
 
         return add
+
+    with _hooked(layers, hook):
+        yield
+
+
+@contextlib.contextmanager
+def _hooked(layers: Mapping[str, nn.Linear], hook: Callable[[str], Hook]) -> Iterator[None]:
+    with contextlib.ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(layer.register_forward_hook(hook(name)).remove)
+        yield
 
 
 def _check(config: LoraConfig) -> None:

@@ -38,54 +38,73 @@ class _Scored(NamedTuple):
     top: dict[str, Tensor]
 
 
+class Pass:
+    """One checked request on its way: its examples, and what its micro-batches have given so far."""
+
+    def __init__(self, lm: CausalLM, request: Forward, max_length: int) -> None:
+        """Raises InvalidArgument, before any computation, when the request is wrong."""
+        self.request = request
+        self._loss = find_loss(request.loss_fn)
+        self.top_k, given = _split_top_k(request, lm.vocab_size)
+        self._config = resolve_config(request.loss_fn, self._loss, given)
+        self.examples = check_datums(request.data, self._loss.required, vocab_size=lm.vocab_size, max_length=max_length)
+        self._outputs: list[dict[str, OutputTensor]] = [{} for _ in self.examples]
+        self._total, self._num_loss_tokens, self._num_sequences = 0.0, 0, 0
+
+    def add(self, batch: MicroBatch, logprobs: Tensor, top: Mapping[str, Tensor]) -> Tensor:
+        """Take in the log-probs of one micro-batch and return the derivative of its loss by them, of their shape.
+
+        Raises FailedPrecondition when the loss or its derivative is not finite.
+        """
+        loss_sum, slope = _differentiate(self._loss, logprobs, batch, self._config)
+        self._total += loss_sum
+        counts = [int(_cells(part).any(-1).sum()) for part in slope.split(batch.lengths)]
+        self._num_loss_tokens += sum(counts)
+        self._num_sequences += sum(count > 0 for count in counts)
+        _collect(self._outputs, batch, {"logprobs": logprobs.detach(), **top})
+        return slope
+
+    def result(self, metrics: Mapping[str, float] | None = None) -> PassResult:
+        output = ForwardOutput(
+            loss_fn_output_type=f"{self.request.loss_fn}_output",
+            loss_fn_outputs=self._outputs,
+            metrics={"loss:sum": self._total, **(metrics or {})},
+        )
+        return PassResult(output, self._num_loss_tokens, self._num_sequences)
+
+
 def run(lm: CausalLM, request: Forward, max_length: int, retained: Retained | None = None) -> PassResult:
     """Compute `request` with the model as it is; with `request.backward` gradients end up in the parameters' `grad`.
 
     With `retained`, a forward pass may be kept there, and a backward pass on the same data starts from it.
-    Raises InvalidArgument before any computation when the request is wrong, FailedPrecondition when the loss or its
-    derivative is not finite.
+    Raises what `Pass` and its `add` do.
     """
-    loss = find_loss(request.loss_fn)
-    top_k, given = _split_top_k(request, lm.vocab_size)
-    config = resolve_config(request.loss_fn, loss, given)
-    examples = check_datums(request.data, loss.required, vocab_size=lm.vocab_size, max_length=max_length)
+    going = Pass(lm, request, max_length)
     kept: list[Kept] = []
     recording = None
     if retained and request.loss_fn == "cross_entropy":
         if request.backward:
-            kept = retained.take(examples)
+            kept = retained.take(going.examples)
         else:
-            recording = retained.record(examples, lm)
-    outputs: list[dict[str, OutputTensor]] = [{} for _ in examples]
-    total, num_loss_tokens, num_sequences = 0.0, 0, 0
-    for batch, logprobs, top in _again(kept, examples) if kept else _score(lm, request, examples, top_k, recording):
-        loss_sum, slope = _differentiate(loss, logprobs, batch, config)
+            recording = retained.record(going.examples, lm)
+    for batch, logprobs, top in _again(kept, going.examples) if kept else _score(lm, going, recording):
+        slope = going.add(batch, logprobs, top)
         if request.backward:
             logprobs.backward(slope)
-        total += loss_sum
-        counts = [int(_cells(part).any(-1).sum()) for part in slope.split(batch.lengths)]
-        num_loss_tokens += sum(counts)
-        num_sequences += sum(count > 0 for count in counts)
-        _collect(outputs, batch, {"logprobs": logprobs.detach(), **top})
     if retained and recording:
         retained.keep(recording)
-    metrics = {"loss:sum": total}
-    if request.backward and request.loss_fn == "cross_entropy":
-        metrics["reused_forward:sum"] = float(bool(kept))
-    output = ForwardOutput(loss_fn_output_type=f"{request.loss_fn}_output", loss_fn_outputs=outputs, metrics=metrics)
-    return PassResult(output, num_loss_tokens, num_sequences)
+    counts_reuse = request.backward and request.loss_fn == "cross_entropy"
+    return going.result({"reused_forward:sum": float(bool(kept))} if counts_reuse else None)
 
 
-def _score(
-    lm: CausalLM, request: Forward, examples: Sequence[Example], top_k: int, recording: Recording | None
-) -> Iterator[_Scored]:
-    for batch in pack(examples, token_budget(lm.vocab_size), lm.device):
-        with recording.watch() if recording else torch.set_grad_enabled(request.backward):
+def _score(lm: CausalLM, going: Pass, recording: Recording | None) -> Iterator[_Scored]:
+    for batch in pack(going.examples, token_budget(lm.vocab_size), lm.device):
+        with recording.watch() if recording else torch.set_grad_enabled(going.request.backward):
             logits = lm.logits(hidden_states(lm, batch))
             logprobs = logprobs_of(logits, batch.targets)
         if recording:
             recording.add(batch.indices, logprobs)
-        yield _Scored(batch, logprobs, _top(logits.detach(), top_k))
+        yield _Scored(batch, logprobs, _top(logits.detach(), going.top_k))
 
 
 def _again(kept: Sequence[Kept], examples: Sequence[Example]) -> Iterator[_Scored]:

@@ -1,7 +1,8 @@
 """The engine's thread, and whose command it executes next.
 
 Owns the lanes, one per model, and takes from them in turns: who has sent a hundred requests waits behind who has sent
-one. Knows nothing of what a command does.
+one. Commands at the head of several lanes are executed together where the engine allows it. Knows nothing of what a
+command does.
 
 Invariant: the commands of one lane are executed in the order in which they came. Models that share their weights, which
 are all models of a full-parameter job, share a lane.
@@ -11,20 +12,25 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
 from firebox.wire.training import Command, Result
 
 Answer = Callable[[Result], None]
 
+_MAX_TOGETHER: Final = 32
+"""Commands that are answered at once; who comes first should not wait for too much of others'."""
+
 
 class Executor(Protocol):
-    """What the thread drives; `execute` never raises."""
+    """What the thread drives; executing never raises."""
 
     @property
     def shares_weights(self) -> bool: ...
+    def may_share(self, command: Command) -> bool: ...
     def execute(self, command: Command) -> Result: ...
+    def execute_together(self, commands: Sequence[Command]) -> list[Result]: ...
 
 
 class EngineThread:
@@ -52,22 +58,34 @@ class EngineThread:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (received := self._next()) is not None:
-            command, answer = received
-            result = self._engine.execute(command)
+        while received := self._next():
+            commands = [command for command, _ in received]
+            together = len(commands) > 1
+            results = self._engine.execute_together(commands) if together else [self._engine.execute(commands[0])]
             if self._stopping:
-                return  # whoever waited for the answer is gone
-            answer(result)
+                return  # whoever waited for the answers is gone
+            for (_, answer), result in zip(received, results, strict=True):
+                answer(result)
 
-    def _next(self) -> tuple[Command, Answer] | None:
-        """The oldest command of the lane whose turn it is, which then goes behind the others; None at the end."""
+    def _next(self) -> list[tuple[Command, Answer]]:
+        """The oldest command of the lane whose turn it is, with those of other lanes that may share its passes.
+
+        Their lanes then go behind the others. Empty at the end.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._lanes or self._stopping)
             if self._stopping:
-                return None
-            lane = next(iter(self._lanes))
-            waiting = self._lanes.pop(lane)
-            taken = waiting.popleft()
-            if waiting:
-                self._lanes[lane] = waiting
-            return taken
+                return []
+            lanes = list(self._lanes)
+            if self._engine.may_share(self._lanes[lanes[0]][0][0]):
+                lanes = [lane for lane in lanes if self._engine.may_share(self._lanes[lane][0][0])]
+            else:
+                lanes = lanes[:1]
+            return [self._take(lane) for lane in lanes[:_MAX_TOGETHER]]
+
+    def _take(self, lane: str) -> tuple[Command, Answer]:
+        waiting = self._lanes.pop(lane)
+        taken = waiting.popleft()
+        if waiting:
+            self._lanes[lane] = waiting
+        return taken

@@ -15,6 +15,10 @@ from firebox.wire.training import LoadState, LoraConfig
 WORKER_TOKEN_HEADER: Final = "x-firebox-worker-token"
 
 SnapshotKind = Literal["base", "delta", "adapter"]
+ComputeMode = Literal["exact", "bitwise", "throughput"]
+"""What a result may depend on: exact, on its own request alone; bitwise, the same and to the last bit in trainer and
+sampler alike, or the worker refuses to start; throughput, on company too, because LoRA models share passes: to 1e-6."""
+
 HotloadStage = Literal["fetching", "verified", "paused", "swapped", "serving", "error"]
 
 
@@ -22,8 +26,7 @@ class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
     """How a worker is reached and when it gives up.
 
     `lease` is a file that the server keeps locked while it lives; a worker that finds it unlocked for
-    `orphan_grace_s` seconds exits. `ready_fd` is an inherited pipe that gets one JSON `ReadyNotice` line. A `bitwise`
-    worker computes a token with the same bits whatever is computed beside it, or refuses to start.
+    `orphan_grace_s` seconds exits. `ready_fd` is an inherited pipe that gets one JSON `ReadyNotice` line.
     """
 
     socket: str
@@ -32,7 +35,7 @@ class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
     orphan_grace_s: float = 8.0
     ready_fd: int | None = None
     threads: int = 1
-    bitwise: bool = False
+    mode: ComputeMode = "exact"
 
 
 class ReadyNotice(msgspec.Struct, frozen=True, kw_only=True):

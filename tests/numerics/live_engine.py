@@ -29,7 +29,7 @@ from firebox.wire.training import (
     SaveState,
     TensorData,
 )
-from firebox.wire.worker import TrainerSpec, WorkerRuntime
+from firebox.wire.worker import ComputeMode, TrainerSpec, WorkerRuntime
 
 Row = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -38,7 +38,16 @@ Floats = NDArray[np.float32]
 class LiveEngine:
     """`models` are created at once; jobs beneath the same `root` can load each other's checkpoints."""
 
-    def __init__(self, model_dir: Path, root: Path, job: str, *, rank: int = 0, models: Sequence[str] = ("m",)) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        root: Path,
+        job: str,
+        *,
+        rank: int = 0,
+        models: Sequence[str] = ("m",),
+        mode: ComputeMode = "exact",
+    ) -> None:
         (root / job).mkdir(parents=True, exist_ok=True)
         spec = TrainerSpec(
             job=f"accounts/local/rlorTrainerJobs/{job}",
@@ -48,14 +57,14 @@ class LiveEngine:
             jobs_dir=str(root),
             max_context_length=256,
             lora_rank=rank,
-            runtime=WorkerRuntime(socket="", token="", threads=1),
+            runtime=WorkerRuntime(socket="", token="", threads=1, mode=mode),
         )
-        self._engine = Engine(spec)
+        self.engine = Engine(spec)
         for seed, model in enumerate(models):
             self.do(CreateModel(base_model=spec.base_model, lora_config=LoraConfig(rank=rank, seed=seed)), model)
 
     def do(self, operation: Operation, model: str = "m") -> Result:
-        result = self._engine.execute(Command(model_id=model, operation=operation))
+        result = self.engine.execute(Command(model_id=model, operation=operation))
         assert not isinstance(result, Failed), result.error
         return result
 
@@ -84,7 +93,7 @@ class LiveEngine:
 
     def state(self, model: str = "m") -> dict[str, torch.Tensor]:
         """Copies of all that the next result depends on, but for torch's generator, from which nothing here draws."""
-        tensors = self._engine._models[model].tensors()
+        tensors = self.engine._models[model].tensors()
         return {name: tensor.clone() for name, tensor in tensors.items() if name != "rng"}
 
     def _forward(

@@ -27,7 +27,7 @@ def bitwise(tiny_dir: Path) -> WorkerRuntime:
         load_causal_lm(tiny_dir, bitwise=True)
     except FailedPrecondition as refusal:
         pytest.skip(str(refusal))
-    return WorkerRuntime(socket=RUNTIME.socket, token=RUNTIME.token, bitwise=True)
+    return WorkerRuntime(socket=RUNTIME.socket, token=RUNTIME.token, mode="bitwise")
 
 
 @pytest.mark.prove

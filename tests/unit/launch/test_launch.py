@@ -84,13 +84,13 @@ def test_worker_serves_its_token_only_and_leaves_nothing_behind(tmp_path: Path, 
     asyncio.run(scenario())
 
 
-def test_bitwise_reaches_every_worker(tmp_path: Path, lock: ServerLock) -> None:
+def test_the_mode_reaches_every_worker(tmp_path: Path, lock: ServerLock) -> None:
     async def scenario() -> None:
-        launcher = LocalLauncher(tmp_path / "run", tmp_path / "server.lock", command=WORKER, bitwise=True)
+        launcher = LocalLauncher(tmp_path / "run", tmp_path / "server.lock", command=WORKER, mode="bitwise")
         changed = asyncio.Event()
         worker = await launcher.start(plan(tmp_path), changed.set)
         await until(changed, lambda: worker.ready)
-        assert json.loads((tmp_path / "run" / "t-job.json").read_text())["runtime"]["bitwise"] is True
+        assert json.loads((tmp_path / "run" / "t-job.json").read_text())["runtime"]["mode"] == "bitwise"
         await launcher.close()
 
     asyncio.run(scenario())

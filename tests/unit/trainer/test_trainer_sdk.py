@@ -11,7 +11,7 @@ from fireworks.training.sdk import types
 from fireworks.training.sdk.client import FiretitanServiceClient
 from trainer_harness import serving
 
-from firebox.wire.worker import TrainerSpec
+from firebox.wire.worker import TrainerSpec, WorkerRuntime
 
 BASE = "accounts/local/models/tiny"
 ADAM = types.AdamParams(learning_rate=1e-3)
@@ -164,3 +164,22 @@ def test_forward_only_job_computes_and_refuses_to_train(make_spec, serve, connec
         client.forward_backward([datum()], "cross_entropy").result()
     with pytest.raises(Exception, match="frozen"):
         client.optim_step(ADAM).result()
+
+
+def test_throughput_mode_trains_models_of_many_clients_together(make_spec, connect, serve):
+    """Two clients send at once, behind a long pass of a third: their requests share a pass, and learn as alone."""
+    runtime = WorkerRuntime(socket="", token="", mode="throughput")
+    url = serve(make_spec(lora_rank=4, runtime=runtime))
+    clients = [connect(url).create_training_client(BASE, lora_rank=4) for _ in range(3)]
+    together, losses = 0.0, []
+    for _ in range(4):
+        busy = clients[2].forward_backward([datum(length=200)] * 20, "cross_entropy")
+        passed = [client.forward_backward([datum()], "cross_entropy") for client in clients[:2]]
+        for client in clients[:2]:
+            client.optim_step(ADAM).result()
+        metrics = [future.result().metrics for future in passed]
+        together = max(together, *(one.get("models_together:max", 1.0) for one in metrics))
+        losses.append(sum(one["loss:sum"] for one in metrics))
+        busy.result()
+    assert together == 2
+    assert losses == sorted(losses, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import pytest
 
@@ -15,9 +16,10 @@ WITHIN_S = 10
 class Executor:
     """Writes down whose command it got. The first one keeps it busy until everything else has been submitted."""
 
-    def __init__(self, shares_weights: bool) -> None:
+    def __init__(self, shares_weights: bool, shared: str = "") -> None:
         self.shares_weights = shares_weights
         self.order: list[str] = []
+        self._shared = shared
         self.busy, self.filled = threading.Event(), threading.Event()
 
     def execute(self, command: Command) -> Result:
@@ -26,13 +28,25 @@ class Executor:
         self.order.append(command.model_id)
         return ModelUnloaded(model_id=command.model_id)
 
+    def may_share(self, command: Command) -> bool:
+        return command.model_id in self._shared
+
+    def execute_together(self, commands: Sequence[Command]) -> list[Result]:
+        self.order.append("+".join(command.model_id for command in commands))
+        return [ModelUnloaded(model_id=command.model_id) for command in commands]
+
 
 @pytest.mark.parametrize(
-    ("shares_weights", "expected"),
-    [(False, ["a", "b", "c", "a", "c", "a", "a"]), (True, ["a", "a", "a", "a", "b", "c", "c"])],
+    ("shares_weights", "shared", "expected"),
+    [
+        (False, "", ["a", "b", "c", "a", "c", "a", "a"]),
+        (True, "", ["a", "a", "a", "a", "b", "c", "c"]),
+        (False, "ac", ["a+c", "b", "a+c", "a", "a"]),
+        (False, "b", ["a", "b", "c", "a", "c", "a", "a"]),
+    ],
 )
-def test_who_sent_many_waits_behind_who_sent_one(shares_weights: bool, expected: list[str]) -> None:
-    executor, answered = Executor(shares_weights), threading.Semaphore(0)
+def test_who_sent_many_waits_behind_who_sent_one(shares_weights: bool, shared: str, expected: list[str]) -> None:
+    executor, answered = Executor(shares_weights, shared), threading.Semaphore(0)
     thread = EngineThread(executor)
     answers: list[Result] = []
 
@@ -45,10 +59,10 @@ def test_who_sent_many_waits_behind_who_sent_one(shares_weights: bool, expected:
     for model in ("a", "a", "a", "a", "b", "c", "c"):
         thread.submit(Command(model_id=model, operation=UnloadModel()), answer)
     executor.filled.set()
-    assert all(answered.acquire(timeout=WITHIN_S) for _ in ["first", *expected])
+    assert all(answered.acquire(timeout=WITHIN_S) for _ in range(8))
     thread.stop(WITHIN_S)
     assert executor.order == ["first", *expected]
-    assert [result.model_id for result in answers] == executor.order
+    assert [result.model_id for result in answers] == "+".join(executor.order).split("+")
 
 
 def test_stopping_lets_the_running_command_finish_and_drops_the_others() -> None:
