@@ -35,13 +35,15 @@ from training.utils.config import (
     DeployConfig,
     InfraConfig,
     OptimConfig,
-    RolloutConfig,
     WeightSyncConfig,
 )
 from training.utils.errors import CookbookError, PlatformError
 from training.utils.provision import Workspace
 from training.utils.render import load_tokenizer, render_prompt
-from training.utils.rl.rollout import Prompt, Rollout, Rollouts
+from training.utils.rl.config import RolloutConfig
+from training.utils.rl.rewards import Task
+from training.utils.rl.rollout import Rollouts
+from training.utils.rl.trajectory import Prompt, Rollout
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 20
@@ -141,9 +143,10 @@ def examine(model: str, questions: list[Prompt], tokenizer_dir: str) -> list[Rol
     with Workspace() as workspace, console.status(f"deploying {model}"):
         tokenizer, profile = load_tokenizer(tokenizer_dir), workspace.resolve(shape(model))
         sampler = workspace.sampler(workspace.deployment(model_name(model), profile, DeployConfig(), None), tokenizer)
-        with Rollouts(sampler, tokenizer, demo_data.reward, ANSWER_TOKENS, ANSWER_TIMEOUT_S, seed=0) as rollouts:
-            groups = rollouts.sample(questions, group_size=1, temperature=0.0, step=0)
-    answers = [group[0] for group in groups]
+        settings = RolloutConfig(max_tokens=ANSWER_TOKENS)
+        task = Task(demo_data.reward, settings)
+        with Rollouts(sampler, tokenizer, task, settings, timeout=ANSWER_TIMEOUT_S, seed=0) as rollouts:
+            answers = rollouts.greedy(questions)
     right = sum(answer.reward for answer in answers)
     console.print(f"{model} answers {right:.0f} of {len(answers)} held-out questions right")
     return answers

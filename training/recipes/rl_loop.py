@@ -1,4 +1,4 @@
-r"""Reinforcement learning with a verifiable reward: GRPO on sampled groups.
+r"""Reinforcement learning with a verifiable reward: policy gradients on groups of sampled answers.
 
     python -m training.recipes.rl_loop --base-model accounts/local/models/tiny --deployment.tokenizer-model ./tiny \
         --dataset countdown.jsonl --reward training.examples.countdown:reward \
@@ -10,9 +10,11 @@ gradient step and hot-loads the new weights into the deployment. The server divi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Lt
@@ -25,11 +27,9 @@ from training.utils.config import (
     Count,
     DeployConfig,
     InfraConfig,
-    NonNegative,
     Normalization,
     OptimConfig,
     Positive,
-    RolloutConfig,
     WandBConfig,
     WeightSyncConfig,
     check_output_model_id,
@@ -38,19 +38,13 @@ from training.utils.config import (
 from training.utils.errors import ConfigError, DataError
 from training.utils.metrics import Curves, RunLog, Timer
 from training.utils.provision import Workspace
+from training.utils.reference import FrozenBase
 from training.utils.render import load_tokenizer, render_prompt
-from training.utils.rl.rollout import (
-    Prompt,
-    RewardSpec,
-    Rollout,
-    Rollouts,
-    answer_parts,
-    compare,
-    describe,
-    load_reward,
-    logprobs_of,
-    save_rollouts,
-)
+from training.utils.rl import policy
+from training.utils.rl.config import NamedFunction, PolicyConfig, PolicyLoss, RolloutConfig
+from training.utils.rl.rewards import Task
+from training.utils.rl.rollout import Rollouts, Sampled
+from training.utils.rl.trajectory import Prompt, Rollout, describe, flatten, save_rollouts
 from training.utils.schedule import adam_params
 
 if TYPE_CHECKING:
@@ -68,11 +62,6 @@ CURVES = [
     Curves("loss", ["train/loss"]),
     Curves("KL and mismatch, nats", ["train/kl", "mismatch/abs_mean", "mismatch/k3"]),
 ]
-GRPO_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
-SERVER_LOSS: dict[str, tuple[str, dict[str, float] | None]] = {
-    "grpo": ("ppo", GRPO_CLIP),
-    "importance_sampling": ("importance_sampling", None),
-}
 
 # --- config ---------------------------------------------------------------------------------------------------------
 
@@ -83,19 +72,19 @@ class Config(Checked):
 
     base_model: str  # the model to train, accounts/<account>/models/<id>
     dataset: str  # JSONL of {"messages": [...]} or {"prompt"}, plus what the reward reads
-    reward: RewardSpec  # (completion, row) -> float
+    reward: NamedFunction  # (completion, row) -> float, or of a whole trajectory: (trajectory) -> float
     log_path: str = "runs/rl"  # metrics, checkpoints and curves; the same folder again resumes
     output_model_id: str | None = None  # promote the result under this id
     init_from: str | None = None  # start from these weights, cross_job://<job>/<name>
     lora_rank: Count = 0  # 0 trains all parameters
-    policy_loss: Literal["grpo", "importance_sampling"] = "grpo"  # grpo clips the ratio
-    kl_beta: NonNegative = 0.001  # penalty towards the base model, held by infra.ref_training_shape_id
+    policy_loss: PolicyLoss = "grpo"  # the formula; its settings are in `policy`
     max_steps: Positive = 100  # optimizer steps
     eval_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of the rows that is held out
     eval_every: Count = 0  # evaluate every so many steps; always before the first and after the last
     seed: int = 0  # fixes the split, the order and every draw
     grad_accumulation_normalization: Normalization | None = "num_loss_tokens"  # what the server divides the gradient by
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(learning_rate=1e-5))
     infra: InfraConfig = field(default_factory=InfraConfig)
     deployment: DeployConfig = field(default_factory=DeployConfig)
@@ -104,9 +93,13 @@ class Config(Checked):
 
     def check_together(self) -> None:
         check_output_model_id(self.output_model_id)
+        policy.server_loss(self.policy_loss, self.policy)
         if not self.deployment.tokenizer_model:
             fix = "set a Hugging Face name or a directory: prompts are tokenized here"
             raise ConfigError("Config.deployment.tokenizer_model", self.deployment.tokenizer_model, fix)
+        if self.policy.answer_mean and self.grad_accumulation_normalization == "num_loss_tokens":
+            fix = "use num_sequences: policy.answer_mean has divided each answer by its tokens already"
+            raise self.refuse("grad_accumulation_normalization", fix)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -143,7 +136,7 @@ class Run:
 
     config: Config
     client: ReconnectableClient
-    reference: ReconnectableClient | None
+    reference: policy.Scorer | None
     rollouts: Rollouts
     syncer: WeightSyncer
     saver: Checkpointer
@@ -152,26 +145,23 @@ class Run:
 
     def loop(self, start: int, consumed: int, on_step: Callable[[dict[str, Any]], None]) -> int:
         """All steps behind `start`. Returns the number of prompts consumed."""
-        config, train, interval = self.config, self.prompts.train, self.config.weight_sync.weight_sync_interval
+        config, interval = self.config, self.config.weight_sync.weight_sync_interval
         if start == 0 and self.evaluates(0):
             on_step(self.log.log(0, self.evaluate()))
-        for step in range(start + 1, config.max_steps + 1):
+        for step, future in enumerate(self.sampled_ahead(start, consumed), start + 1):
             timer = Timer()
-            indices = data.batch_at(len(train), consumed, config.rollout.prompts_per_step, config.seed)
-            consumed += config.rollout.prompts_per_step
             with timer("rollout"):
-                groups = self.rollouts.sample(
-                    [train[i] for i in indices],
-                    group_size=config.rollout.group_size,
-                    temperature=config.rollout.temperature,
-                    step=step,
-                )
-            advantages = [losses.group_advantages([rollout.reward for rollout in group]) for group in groups]
+                groups, metrics = future.result()
+            consumed += config.rollout.prompts_per_step
+            rewards = [[rollout.reward for rollout in group] for group in groups]
+            advantages = [losses.group_advantages(group, config.policy.advantages) for group in rewards]
             save_rollouts(self.log.folder / "rollouts", step, groups, advantages)
-            metrics = describe(groups, advantages) | self.train_step(step, groups, advantages, timer)
+            metrics |= describe(groups, self.rollouts.version)
+            metrics |= self.train_step(step, groups, advantages, timer)
             if interval > 0 and step % interval == 0:
                 with timer("weight_sync"):
                     self.syncer.save_and_hotload(f"step-{step}")
+                self.rollouts.version += 1
             metrics |= timer.seconds | {"time/step_s": timer.total}
             metrics["perf/tokens_per_s"] = metrics["rollout/tokens"] / timer.total
             if self.evaluates(step):
@@ -181,43 +171,36 @@ class Run:
                 self.saver.save(step, consumed)
         return consumed
 
+    def sampled_ahead(self, start: int, consumed: int) -> Iterator[Future[Sampled]]:
+        """The rollouts of every step, begun with weights that are as old as the settings allow, at most."""
+        config, train, size = self.config, self.prompts.train, self.config.rollout.prompts_per_step
+        begun: deque[Future[Sampled]] = deque()
+        for step in range(start + 1, config.max_steps + 1):
+            last = min(step + config.rollout.max_head_offpolicy_versions, config.max_steps)
+            for ahead in range(step + len(begun), last + 1):
+                position = consumed + (ahead - start - 1) * size
+                indices = data.batch_at(len(train), position, size, config.seed)
+                begun.append(self.rollouts.begin([train[i] for i in indices], ahead))
+            yield begun.popleft()
+
     def train_step(
         self, step: int, groups: Sequence[Sequence[Rollout]], advantages: Sequence[losses.Array], timer: Timer
     ) -> dict[str, float]:
         """One gradient step on the groups that can teach something; without one, only the mismatch is measured."""
         config = self.config
-        kept = [
-            (rollout, float(value))
-            for group, values in zip(groups, advantages, strict=True)
-            for rollout, value in zip(group, values, strict=True)
-            if values.any()
-        ]
-        if not kept:
+        chosen = policy.instructive(groups, advantages, config.policy)
+        if not chosen:
             self.log.note(f"step {step}: every group earned equal rewards, so there is nothing to learn and no update")
-            rollouts = [rollout for group in groups for rollout in group]
-            return compare(rollouts, logprobs_of(self.client, rollouts))
-        metrics: dict[str, float] = {}
-        shaped: list[float | losses.Array] = [value for _, value in kept]
-        if self.reference is not None:
-            with timer("reference"):
-                references = logprobs_of(self.reference, [rollout for rollout, _ in kept])
-            pairs = [(rollout.logprobs, ref) for (rollout, _), ref in zip(kept, references, strict=True)]
-            metrics["train/kl"] = float(np.concatenate([losses.k3(own, ref) for own, ref in pairs]).mean())
-            shaped = [
-                losses.kl_shaped(value, own, ref, config.kl_beta)
-                for (_, value), (own, ref) in zip(kept, pairs, strict=True)
-            ]
-        loss_fn, loss_config = SERVER_LOSS[config.policy_loss]
+            return policy.compare(flatten(groups), policy.logprobs_of(self.client, flatten(groups)))
+        with timer("score"):
+            examples, metrics = policy.examples(chosen, config.policy, self.client, self.reference)
+        loss_fn, loss_config = policy.server_loss(config.policy_loss, config.policy)
         with timer("forward_backward"):
-            datums = [rollout.datum(value) for (rollout, _), value in zip(kept, shaped, strict=True)]
-            output = self.client.forward_backward(datums, loss_fn, loss_config)
+            output = self.client.forward_backward([example.datum() for example in examples], loss_fn, loss_config)
         adam = adam_params(config.optim, step, config.max_steps)
         with timer("optim"):
             optim = self.client.optim_step(adam, config.grad_accumulation_normalization).metrics or {}
-        rollouts = [rollout for rollout, _ in kept]
-        num_tokens = sum(len(rollout.tokens) for rollout in rollouts)
-        metrics |= {"train/loss": output.metrics["loss:sum"] / num_tokens, "optim/lr": adam.learning_rate}
-        metrics |= compare(rollouts, answer_parts(rollouts, output))
+        metrics |= policy.outcome(examples, output, loss_config) | {"optim/lr": adam.learning_rate}
         return metrics | ({"optim/grad_norm": optim["grad_norm"]} if "grad_norm" in optim else {})
 
     def evaluates(self, step: int) -> bool:
@@ -227,14 +210,13 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward of greedy answers to the held-out prompts."""
-        groups = self.rollouts.sample(self.prompts.held_out, group_size=1, temperature=0.0, step=0)
-        return {"eval/reward": float(np.mean([rollout.reward for group in groups for rollout in group]))}
+        return {"eval/reward": float(np.mean([r.reward for r in self.rollouts.greedy(self.prompts.held_out)]))}
 
 
 def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
     """Run the recipe; `on_step` sees every row of metrics. Returns job, checkpoints, final metrics, output model."""
     validate(config)
-    reward, sync = load_reward(config.reward), config.weight_sync
+    task, sync = Task(config.reward, config.rollout), config.weight_sync
     shape_id, ref_shape_id = str(config.infra.training_shape_id), config.infra.ref_training_shape_id
     settings = asdict(config) | {"reward": str(config.reward)}
     with (
@@ -255,17 +237,20 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
             lora_rank=config.lora_rank,
             learning_rate=config.optim.learning_rate,
         )
-        reference = None
-        if ref_shape_id is None:
-            log.note("the KL term is off: infra.ref_training_shape_id is not set, so there is no reference trainer")
-        else:
+        reference: policy.Scorer | None = None
+        if ref_shape_id is not None:
             ref_profile = workspace.resolve(ref_shape_id)
             reference = workspace.trainer(config.base_model, ref_profile, config.infra, forward_only=True)
             log.note(f"the KL term is towards the base model {config.base_model}, whatever weights the run starts from")
+        elif config.lora_rank > 0 and config.policy.kl_beta > 0:
+            reference = FrozenBase(client, config.base_model)
+            log.note("the KL term is towards the frozen base model in the trainer's own session")
+        else:
+            log.note("the KL term is off: infra.ref_training_shape_id is not set, so there is no reference trainer")
         deployment_id = workspace.deployment(config.base_model, profile, config.deployment, client)
         syncer = workspace.syncer(client, deployment_id, config.base_model, config.lora_rank, sync)
         sampler, timeout = workspace.sampler(deployment_id, tokenizer), config.deployment.sample_timeout
-        rollouts = Rollouts(sampler, tokenizer, reward, config.rollout.max_tokens, timeout, config.seed)
+        rollouts = Rollouts(sampler, tokenizer, task, config.rollout, timeout=timeout, seed=config.seed)
         saver = Checkpointer(client, records, config.base_model, shape_id, sync)
         start, consumed = saver.start(resume_from, config.init_from, log.note)
         if sync.weight_sync_interval > 0 and (sync.weight_sync_before_training or start > 0 or config.init_from):

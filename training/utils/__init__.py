@@ -6,7 +6,6 @@ from training.utils.config import (
     DeployConfig,
     InfraConfig,
     OptimConfig,
-    RolloutConfig,
     TrainerConfig,
     WandBConfig,
     WeightSyncConfig,
@@ -14,6 +13,7 @@ from training.utils.config import (
 )
 from training.utils.errors import CheckpointError, ConfigError, CookbookError, DataError, PlatformError
 from training.utils.provision import Workspace
+from training.utils.rl.config import PolicyConfig, RolloutConfig
 
 __all__ = [
     "Checkpoint",
@@ -27,6 +27,7 @@ __all__ = [
     "InfraConfig",
     "OptimConfig",
     "PlatformError",
+    "PolicyConfig",
     "ReconnectableClient",
     "RolloutConfig",
     "TrainerConfig",

@@ -182,19 +182,6 @@ class OptimConfig(Checked):
     grad_clip_norm: NonNegative = 1.0
 
 
-@dataclass
-class RolloutConfig(Checked):
-    """What one step samples: `group_size` answers of at most `max_tokens` to each of `prompts_per_step` prompts.
-
-    `temperature` is that of training rollouts; evaluation is greedy.
-    """
-
-    prompts_per_step: Positive = 8
-    group_size: Annotated[int, Ge(2)] = 8
-    max_tokens: Positive = 256
-    temperature: PositiveFloat = 1.0
-
-
 def check_output_model_id(model_id: str | None) -> None:
     """Refuse an id for the promoted model that the platform would refuse after hours of training."""
     from fireworks.training.sdk import validate_output_model_id

@@ -27,16 +27,31 @@ def unigram_loss(train_tokens: Iterable[int], held_out_tokens: Sequence[int], vo
     return sum(log_total - math.log(counts[token] + 1) for token in held_out_tokens) / len(held_out_tokens)
 
 
-def group_advantages(rewards_N: Sequence[float]) -> Array:
-    """Rewards [N] of one prompt, centred and divided by their population standard deviation (Shao et al. 2024, GRPO).
+def group_advantages(rewards_N: Sequence[float], kind: str = "grpo") -> Array:
+    """What each of the rewards [N] of one prompt is above its group.
 
-    A group whose rewards are all equal teaches nothing: its advantages are exactly zero.
+    `grpo` centres them and divides by their population standard deviation (Shao et al. 2024), `dr_grpo` only centres
+    them (Liu et al. 2025), `rloo` compares each with the mean of the others (Ahmadian et al. 2024). A group whose
+    rewards are all equal teaches nothing: its advantages are exactly zero.
     """
     rewards = np.asarray(rewards_N, dtype=np.float64)
     if np.ptp(rewards) == 0:
         return np.zeros_like(rewards)
-    advantages: Array = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
-    return advantages
+    advantages: dict[str, Array] = {
+        "grpo": (rewards - rewards.mean()) / (rewards.std() + 1e-6),
+        "dr_grpo": rewards - rewards.mean(),
+        "rloo": (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1),
+    }
+    return advantages[kind]
+
+
+def truncated_weights(trainer_T: Array, sampler_T: Array, cap: float) -> Array:
+    """min(p_trainer / p_sampler, cap) per token [T]: what sampling with other numerics or older weights is worth.
+
+    Truncated importance sampling (Yao et al. 2025).
+    """
+    weights: Array = np.exp(np.minimum(trainer_T - sampler_T, math.log(cap)))
+    return weights
 
 
 def k3(logprobs_T: Array, ref_logprobs_T: Array) -> Array:
@@ -45,9 +60,9 @@ def k3(logprobs_T: Array, ref_logprobs_T: Array) -> Array:
     return np.expm1(log_ratio) - log_ratio
 
 
-def kl_shaped(advantage: float, logprobs_T: Array, ref_logprobs_T: Array, beta: float) -> Array:
-    """One rollout's advantage [T] with the penalty beta * log(policy / reference) taken off each token."""
-    return advantage - beta * (logprobs_T - ref_logprobs_T)
+def kl_shaped(advantages_T: Array | float, logprobs_T: Array, ref_logprobs_T: Array, beta: float) -> Array:
+    """One rollout's advantages [T] with the penalty beta * log(policy / reference) taken off each token."""
+    return advantages_T - beta * (logprobs_T - ref_logprobs_T)
 
 
 def mismatch(sampler_T: Array, trainer_T: Array) -> dict[str, float]:

@@ -11,7 +11,22 @@ from training.utils import losses
 def test_advantages_are_centred_and_scaled_within_the_group() -> None:
     advantages = losses.group_advantages([1.0, 0.0, 0.0, 0.0])
     assert advantages == pytest.approx(np.array([3, -1, -1, -1]) / math.sqrt(3), rel=1e-5)
-    assert not losses.group_advantages([0.3, 0.3, 0.3]).any()
+    for kind in ("grpo", "dr_grpo", "rloo"):
+        assert not losses.group_advantages([0.3, 0.3, 0.3], kind).any()
+
+
+def test_published_variants_of_the_advantage() -> None:
+    rewards = [1.0, 0.0, 0.0, 0.5]
+    assert losses.group_advantages(rewards, "dr_grpo") == pytest.approx([0.625, -0.375, -0.375, 0.125])
+    others = [(sum(rewards) - reward) / 3 for reward in rewards]
+    assert losses.group_advantages(rewards, "rloo") == pytest.approx(np.array(rewards) - np.array(others))
+
+
+def test_truncated_weights_are_ratios_up_to_the_cap() -> None:
+    weights = losses.truncated_weights(
+        np.array([-1.0, -2.0, -1.0, -1.0]), np.array([-1.0, -1.0, -3.0, -800.0]), cap=3.0
+    )
+    assert weights == pytest.approx([1.0, math.exp(-1), 3.0, 3.0])
 
 
 def test_k3_is_an_unbiased_estimate_of_the_divergence() -> None:

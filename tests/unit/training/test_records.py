@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from training.utils import Checkpoint, CheckpointError, CheckpointLog, ConfigError, WandBConfig
+from training.utils import Checkpoint, CheckpointError, CheckpointLog, WandBConfig
 from training.utils.metrics import Curves, RunLog, Timer
 from training.utils.provision import derive_deployment_id
-from training.utils.rl.rollout import load_reward
 
 
 def row(step: int, **changes: str | None) -> Checkpoint:
@@ -100,11 +99,3 @@ def test_deployment_ids_are_valid_and_named_after_the_model() -> None:
     assert first.startswith("qwen3-5-8b-")
     assert first != second
     assert len(derive_deployment_id("accounts/a/models/" + "x" * 80)) <= 63
-
-
-def test_rewards_are_functions_or_importable_names() -> None:
-    assert load_reward("training.examples.countdown:reward")("", {"ground_truth": {}}) == 0.0
-    assert load_reward(len) is len  # type: ignore[arg-type]
-    for wrong in ("countdown", "training.examples.countdown:nothing", "no.such.module:f", "training.utils:__name__"):
-        with pytest.raises(ConfigError, match="reward"):
-            load_reward(wrong)

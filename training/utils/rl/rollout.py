@@ -1,217 +1,200 @@
-"""Prompts to scored rollouts: sampling by tokens, rewards, and what a trainer makes of them.
+"""Prompts to scored rollouts: conversations sampled by tokens from a deployment, in a thread of their own.
 
-Knows neither the loop nor its schedule. Invariant: the tokens that are trained on are the tokens that were sampled,
-never text that was tokenized again.
+Knows neither the loop nor its schedule. Invariant: rollouts come back in the order in which they were asked for, and
+the seed, the step and the position of a rollout fix its draws for given weights.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tyro.constructors import PrimitiveConstructorSpec
 
-from training.utils.client import ReconnectableClient
 from training.utils.data import Row
-from training.utils.datums import build_datum
-from training.utils.errors import ConfigError, DataError
-from training.utils.losses import Array, mismatch
+from training.utils.errors import DataError, PlatformError
+from training.utils.render import render_prompt
+from training.utils.rl.config import RolloutConfig
+from training.utils.rl.rewards import Task
+from training.utils.rl.trajectory import Message, Prompt, Rollout, Trajectory
 
 if TYPE_CHECKING:
     from fireworks.training.sdk import DeploymentSampler
-    from fireworks.training.sdk.types import Datum
 
-RewardFunction = Callable[[str, dict[str, Any]], float]
-# Either the function or "module:function"; on a command line only the latter can be said.
-RewardSpec = Annotated[
-    str | RewardFunction,
-    PrimitiveConstructorSpec[Any](
-        nargs=1,
-        metavar="MODULE:FUNCTION",
-        instance_from_str=lambda words: words[0],
-        is_instance=lambda value: isinstance(value, str) or callable(value),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 CLOSE_TIMEOUT_S = 5
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A row to answer and its token ids [P]."""
+class Sampled(NamedTuple):
+    """The rollouts of one step, a group per prompt, and how the server's queue was meanwhile."""
 
-    row: Row
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One answer: token ids [C], the sampler's log-prob of each [C], what it says and what it earned.
-
-    The log-probs are the model's own, before temperature, so that they compare with a trainer's.
-    """
-
-    prompt: Prompt
-    tokens: list[int]
-    logprobs: Array
-    text: str
-    truncated: bool
-    reward: float
-
-    def datum(self, advantages: float | Array) -> Datum:
-        """The datum of a policy-gradient loss; the prompt carries no advantage and so no gradient."""
-        num_prompt = len(self.prompt.tokens)
-        per_token = np.broadcast_to(np.asarray(advantages, dtype=np.float64), (len(self.tokens),))
-        return build_datum(
-            [*self.prompt.tokens, *self.tokens],
-            logprobs=[0.0] * num_prompt + self.logprobs.tolist(),
-            advantages=[0.0] * num_prompt + per_token.tolist(),
-        )
+    groups: list[list[Rollout]]
+    metrics: dict[str, float]
 
 
-def load_reward(spec: RewardSpec) -> RewardFunction:
-    """The reward function itself, or the one that "module:function" names. Raises ConfigError when there is none."""
-    if callable(spec):
-        return spec
-    module, _, name = spec.partition(":")
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise ConfigError("reward", spec, f"expected 'module:function' that can be imported ({exc})") from exc
-    if not callable(function):
-        raise ConfigError("reward", spec, "does not name a function (completion, row) -> float")
-    return function  # type: ignore[no-any-return]
-
-
-@dataclass
 class Rollouts:
     """Scored answers from a deployment, whatever weights it holds. Use as a context manager: it owns an event loop.
 
-    `max_tokens` bounds one answer, `timeout` (s) the wait for it. `seed` and the step fix every draw for given weights.
+    `timeout` (s) bounds the wait for one completion. Raise `version` after each hot-load: rollouts that begin later
+    carry it.
     """
 
-    sampler: DeploymentSampler
-    tokenizer: Any
-    reward: RewardFunction
-    max_tokens: int
-    timeout: int
-    seed: int
+    def __init__(
+        self,
+        sampler: DeploymentSampler,
+        tokenizer: Any,
+        task: Task,
+        settings: RolloutConfig,
+        *,
+        timeout: int,
+        seed: int,
+    ) -> None:
+        self._sampler, self._tokenizer, self._task, self._settings = sampler, tokenizer, task, settings
+        self._timeout, self._seed = timeout, seed
+        self.version = 0
 
     def __enter__(self) -> Rollouts:
-        self._loop = asyncio.Runner()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.run(self._close())
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(2 * CLOSE_TIMEOUT_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_TIMEOUT_S)
         self._loop.close()
 
-    def sample(
-        self, prompts: Sequence[Prompt], *, group_size: int, temperature: float, step: int
-    ) -> list[list[Rollout]]:
-        """`group_size` rollouts for each prompt, in order; temperature 0 is greedy."""
-        jobs = [(prompt, random.Random(f"{self.seed}/{step}/{p}")) for p, prompt in enumerate(prompts)]
-        return self._loop.run(self._sample(jobs, group_size, temperature))
+    def begin(self, prompts: Sequence[Prompt], step: int) -> Future[Sampled]:
+        """Start on the training rollouts of a step: `group_size` for each prompt, in order."""
+        settings = self._settings
+        return self._begin(prompts, step, settings.group_size, settings.temperature)
 
-    async def _sample(
-        self, jobs: Sequence[tuple[Prompt, random.Random]], group_size: int, temperature: float
-    ) -> list[list[Rollout]]:
-        requests = [
-            self._one(prompt, temperature, draw.getrandbits(31)) for prompt, draw in jobs for _ in range(group_size)
-        ]
-        rollouts = await asyncio.gather(*requests)
-        return [rollouts[start : start + group_size] for start in range(0, len(rollouts), group_size)]
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The most likely answer to each prompt."""
+        return [group[0] for group in self._begin(prompts, 0, 1, 0.0).result().groups]
 
-    async def _one(self, prompt: Prompt, temperature: float, seed: int) -> Rollout:
-        completions = await self.sampler.sample_with_prompt_tokens(
-            prompt.tokens,
-            max_tokens=self.max_tokens,
+    def _begin(self, prompts: Sequence[Prompt], step: int, group_size: int, temperature: float) -> Future[Sampled]:
+        jobs = []
+        for position, prompt in enumerate(prompts):
+            draw = random.Random(f"{self._seed}/{step}/{position}")
+            jobs += [(prompt, draw.getrandbits(31)) for _ in range(group_size)]
+        return asyncio.run_coroutine_threadsafe(self._groups(jobs, group_size, temperature), self._loop)
+
+    async def _groups(self, jobs: Sequence[tuple[Prompt, int]], group_size: int, temperature: float) -> Sampled:
+        rollouts = await asyncio.gather(*[self._rollout(prompt, temperature, seed) for prompt, seed in jobs])
+        groups = [list(rollouts[start : start + group_size]) for start in range(0, len(rollouts), group_size)]
+        return Sampled(groups, _queueing(self._sampler.concurrency_controller.step_completed()))
+
+    async def _rollout(self, prompt: Prompt, temperature: float, seed: int) -> Rollout:
+        trajectory = await self._trajectory(prompt, temperature, seed)
+        return Rollout(**vars(trajectory), reward=await self._task.reward(trajectory))
+
+    async def _trajectory(self, prompt: Prompt, temperature: float, seed: int) -> Trajectory:
+        row, version, limit = prompt.row, self.version, self._settings.max_tokens
+        respond = await self._task.begin(row)
+        said, messages, num_turns, truncated = _Said(), list(row.messages), 0, False
+        replies: list[Message] = []
+        while not num_turns or replies:
+            completion = await self._complete(
+                prompt.tokens + said.tokens, limit - len(said.tokens), temperature, seed + num_turns
+            )
+            said.add(completion.tokens, completion.logprobs)
+            num_turns += 1
+            messages.append({"role": "assistant", "content": completion.text})
+            truncated = completion.truncated
+            if truncated or num_turns == self._settings.max_turns:
+                break
+            replies = await respond(completion.text)
+            tokens = reply_tokens(self._tokenizer, replies, row) if replies else []
+            truncated = len(said.tokens) + len(tokens) >= limit and bool(replies)
+            if truncated:
+                break
+            said.add(tokens, None)
+            messages += replies
+        return Trajectory(
+            prompt,
+            said.tokens,
+            np.asarray(said.logprobs, dtype=np.float64),
+            np.asarray(said.sampled),
+            messages,
+            completion.text,
+            num_turns,
+            truncated,
+            version,
+        )
+
+    async def _complete(self, tokens: list[int], max_tokens: int, temperature: float, seed: int) -> _Completion:
+        (completion,) = await self._sampler.sample_with_prompt_tokens(
+            tokens,
+            max_tokens=max_tokens,
             temperature=temperature,
             logprobs=True,
             seed=seed,
-            http_timeout=self.timeout,
+            http_timeout=self._timeout,
         )
-        return _scored(prompt, completions[0], self.tokenizer, self.reward)
+        sampled = completion.full_tokens[completion.prompt_len :]
+        logprobs = completion.inference_logprobs
+        if logprobs is None or len(logprobs) != len(sampled):
+            found = "no" if logprobs is None else len(logprobs)
+            raise PlatformError(f"the deployment returned {found} log-probs for {len(sampled)} sampled tokens")
+        text = self._tokenizer.decode(sampled, skip_special_tokens=True)
+        return _Completion(sampled, logprobs, text, completion.finish_reason == "length")
 
     async def _close(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
         # The SDK closes its connections in a task of its own; the loop must live until that is done.
-        self.sampler.close()
+        self._sampler.close()
         pending = asyncio.all_tasks() - {asyncio.current_task()}
         if pending:
             await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_S)
 
 
-def describe(groups: Sequence[Sequence[Rollout]], advantages: Sequence[Array]) -> dict[str, float]:
-    """What was sampled in one step, as metrics."""
-    rollouts = [rollout for group in groups for rollout in group]
-    rewards = [rollout.reward for rollout in rollouts]
-    return {
-        "rollout/reward": float(np.mean(rewards)),
-        "rollout/reward_std": float(np.std(rewards)),
-        "rollout/tokens": float(sum(len(rollout.tokens) for rollout in rollouts)),
-        "rollout/truncated_fraction": float(np.mean([rollout.truncated for rollout in rollouts])),
-        "rollout/zero_variance_fraction": float(np.mean([not values.any() for values in advantages])),
-    }
+class _Completion(NamedTuple):
+    """What one request brought: token ids and log-probs of what the model said, its text, whether it was cut off."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    text: str
+    truncated: bool
 
 
-def answer_parts(rollouts: Sequence[Rollout], output: Any) -> list[Array]:
-    """A trainer's log-probs of the sampled tokens, [C] per rollout, out of its answer for all positions [P+C-1]."""
-    return [
-        np.asarray(result["logprobs"].data, dtype=np.float64)[len(rollout.prompt.tokens) - 1 :]
-        for rollout, result in zip(rollouts, output.loss_fn_outputs, strict=True)
-    ]
+@dataclass
+class _Said:
+    """What follows a prompt, as it grows; see `Trajectory`."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float] | None) -> None:
+        """Append what the model said, or, without log-probs, what the environment did."""
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+        self.sampled += [logprobs is not None] * len(tokens)
 
 
-def logprobs_of(trainer: ReconnectableClient, rollouts: Sequence[Rollout]) -> list[Array]:
-    """This trainer's log-probs of the sampled tokens, [C] per rollout; no gradient is touched."""
-    datums = [build_datum([*rollout.prompt.tokens, *rollout.tokens]) for rollout in rollouts]
-    return answer_parts(rollouts, trainer.forward(datums))
+def reply_tokens(tokenizer: Any, replies: Sequence[Message], row: Row) -> list[int]:
+    """What the chat template puts between the stop token of an assistant's turn and the next one.
+
+    It is found on a stand-in for the conversation, so that no token that was sampled is ever rendered again. Raises
+    DataError when the template renders the stand-in differently once the replies follow.
+    """
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
+    before = render_prompt(tokenizer, replace(row, messages=turn[:1]))
+    after = render_prompt(tokenizer, replace(row, messages=[*turn, *replies]))
+    stop = tokenizer.eos_token_id
+    if before != after[: len(before)] or stop not in after[len(before) :]:
+        raise DataError(f"{row.origin}: the chat template changes a turn once others follow; multi-turn needs another")
+    return after[after.index(stop, len(before)) + 1 :]
 
 
-def compare(rollouts: Sequence[Rollout], trainer_logprobs: Sequence[Array]) -> dict[str, float]:
-    """The mismatch between sampler and trainer over all sampled tokens, as metrics."""
-    sampled = np.concatenate([rollout.logprobs for rollout in rollouts])
-    return mismatch(sampled, np.concatenate(list(trainer_logprobs)))
-
-
-def save_rollouts(folder: Path, step: int, groups: Sequence[Sequence[Rollout]], advantages: Sequence[Array]) -> Path:
-    """Write every rollout of a step to `step-<n>.jsonl`, one object per line."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for number, (group, values) in enumerate(zip(groups, advantages, strict=True)):
-            for rollout, advantage in zip(group, values, strict=True):
-                line = {
-                    "group": number,
-                    "origin": rollout.prompt.row.origin,
-                    "messages": rollout.prompt.row.messages,
-                    "completion": rollout.text,
-                    "tokens": rollout.tokens,
-                    "logprobs": [round(value, 6) for value in rollout.logprobs.tolist()],
-                    "reward": rollout.reward,
-                    "advantage": round(float(advantage), 6),
-                    "truncated": rollout.truncated,
-                }
-                file.write(json.dumps(line) + "\n")
-    return path
-
-
-def _scored(prompt: Prompt, completion: Any, tokenizer: Any, reward: RewardFunction) -> Rollout:
-    tokens = completion.full_tokens[completion.prompt_len :]
-    logprobs = completion.inference_logprobs
-    if logprobs is None or len(logprobs) != len(tokens):
-        found = "none" if logprobs is None else len(logprobs)
-        raise RuntimeError(f"the deployment returned {found} log-probs for {len(tokens)} sampled tokens")
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    value = reward(text, prompt.row.fields)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{prompt.row.origin}: the reward function returned {value!r}; it must return a finite number")
-    truncated = completion.finish_reason == "length"
-    return Rollout(prompt, tokens, np.asarray(logprobs, dtype=np.float64), text, truncated, float(value))
+def _queueing(summary: dict[str, float]) -> dict[str, float]:
+    """The controller's account of a step, as metrics: requests allowed at once, and the server's queue in seconds."""
+    known = {"window": "rollout/window", "avg_pq": "rollout/queue_s"}
+    return {name: summary[key] for key, name in known.items() if key in summary}
