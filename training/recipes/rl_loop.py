@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 from annotated_types import Ge, Lt
 
-from training.utils import cli, data, losses
+from training.utils import cli, data, dry_run, losses
 from training.utils.checkpoints import Checkpointer, CheckpointLog
 from training.utils.client import ReconnectableClient
 from training.utils.config import (
@@ -30,6 +30,8 @@ from training.utils.config import (
     Normalization,
     OptimConfig,
     Positive,
+    RunConfig,
+    RunOptions,
     WandBConfig,
     WeightSyncConfig,
     check_output_model_id,
@@ -38,7 +40,6 @@ from training.utils.config import (
 from training.utils.errors import ConfigError, DataError
 from training.utils.metrics import Curves, RunLog, Timer
 from training.utils.provision import Workspace
-from training.utils.reference import FrozenBase
 from training.utils.render import load_tokenizer, render_prompt
 from training.utils.rl import policy
 from training.utils.rl.config import NamedFunction, PolicyConfig, PolicyLoss, RolloutConfig
@@ -75,7 +76,6 @@ class Config(Checked):
     reward: NamedFunction  # (completion, row) -> float, or of a whole trajectory: (trajectory) -> float
     log_path: str = "runs/rl"  # metrics, checkpoints and curves; the same folder again resumes
     output_model_id: str | None = None  # promote the result under this id
-    init_from: str | None = None  # start from these weights, cross_job://<job>/<name>
     lora_rank: Count = 0  # 0 trains all parameters
     policy_loss: PolicyLoss = "grpo"  # the formula; its settings are in `policy`
     max_steps: Positive = 100  # optimizer steps
@@ -90,6 +90,7 @@ class Config(Checked):
     deployment: DeployConfig = field(default_factory=DeployConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     wandb: WandBConfig = field(default_factory=WandBConfig)
+    run: RunOptions = field(default_factory=RunConfig)
 
     def check_together(self) -> None:
         check_output_model_id(self.output_model_id)
@@ -217,17 +218,20 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
     """Run the recipe; `on_step` sees every row of metrics. Returns job, checkpoints, final metrics, output model."""
     validate(config)
     task, sync = Task(config.reward, config.rollout), config.weight_sync
-    shape_id, ref_shape_id = str(config.infra.training_shape_id), config.infra.ref_training_shape_id
-    settings = asdict(config) | {"reward": str(config.reward)}
+    shape_id = str(config.infra.training_shape_id)
     with (
-        RunLog(config.log_path, live=LIVE, curves=CURVES, wandb=config.wandb, config=settings) as log,
+        RunLog(config, live=LIVE, curves=CURVES, mismatch_stop_after=config.rollout.mismatch_stop_after) as log,
         Workspace() as workspace,
     ):
         records = CheckpointLog(config.log_path)
-        resume_from = records.to_resume(config.base_model, shape_id, sync)
+        resume_from = records.to_resume(config, workspace.states)
         profile = workspace.resolve(shape_id)
         tokenizer = load_tokenizer(str(config.deployment.tokenizer_model))
         prompts = load_prompts(config, tokenizer, profile.max_supported_context_length, log.note)
+        if config.run.dry_run:
+            rollouts_per_step = config.rollout.prompts_per_step * config.rollout.group_size
+            return dry_run.show(config, profile, {"prompts": len(prompts.train), "steps": config.max_steps,
+                                               "rollouts": rollouts_per_step * config.max_steps})  # fmt: skip
 
         # --- provision ---
         client = workspace.trainer(
@@ -237,25 +241,22 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
             lora_rank=config.lora_rank,
             learning_rate=config.optim.learning_rate,
         )
-        reference: policy.Scorer | None = None
-        if ref_shape_id is not None:
-            ref_profile = workspace.resolve(ref_shape_id)
-            reference = workspace.trainer(config.base_model, ref_profile, config.infra, forward_only=True)
-            log.note(f"the KL term is towards the base model {config.base_model}, whatever weights the run starts from")
-        elif config.lora_rank > 0 and config.policy.kl_beta > 0:
-            reference = FrozenBase(client, config.base_model)
-            log.note("the KL term is towards the frozen base model in the trainer's own session")
+        reference = None
+        if config.policy.kl_beta > 0:
+            reference = workspace.reference(config.base_model, config.infra, client, config.lora_rank)
+        if reference is None:
+            log.note("the KL term is off: policy.kl_beta is 0, or infra.ref_training_shape_id is not set")
         else:
-            log.note("the KL term is off: infra.ref_training_shape_id is not set, so there is no reference trainer")
+            log.note(f"the KL term is towards the base model {config.base_model}, whatever weights the run starts from")
         deployment_id = workspace.deployment(config.base_model, profile, config.deployment, client)
         syncer = workspace.syncer(client, deployment_id, config.base_model, config.lora_rank, sync)
         sampler, timeout = workspace.sampler(deployment_id, tokenizer), config.deployment.sample_timeout
         rollouts = Rollouts(sampler, tokenizer, task, config.rollout, timeout=timeout, seed=config.seed)
-        saver = Checkpointer(client, records, config.base_model, shape_id, sync)
-        start, consumed = saver.start(resume_from, config.init_from, log.note)
-        if sync.weight_sync_interval > 0 and (sync.weight_sync_before_training or start > 0 or config.init_from):
+        saver = Checkpointer(client, records, config, workspace.delete_state)
+        start, consumed = saver.start(resume_from, log.note)
+        if sync.weight_sync_interval > 0 and (sync.weight_sync_before_training or start > 0 or config.run.init_from):
             syncer.save_and_hotload(f"start-{start}")
-        log.begin(start, config.max_steps)
+        log.begin(start, config.max_steps, job_id=client.job_id, deployment_id=deployment_id)
 
         with rollouts:
             run = Run(config, client, reference, rollouts, syncer, saver, log, prompts)

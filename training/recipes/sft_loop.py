@@ -10,12 +10,12 @@ server must not do so again. Two steps are in flight: the next one is sent befor
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from annotated_types import Ge, Lt
 
-from training.utils import cli, data, losses
+from training.utils import cli, data, dry_run, losses
 from training.utils.checkpoints import Checkpointer, CheckpointLog
 from training.utils.client import ReconnectableClient
 from training.utils.config import (
@@ -25,6 +25,8 @@ from training.utils.config import (
     Normalization,
     OptimConfig,
     Positive,
+    RunConfig,
+    RunOptions,
     WandBConfig,
     WeightSyncConfig,
     check_output_model_id,
@@ -56,7 +58,6 @@ class Config(Checked):
     dataset: str  # JSONL, a folder of Hugging Face datasets, or hf://<owner>/<name>[:<split>]
     log_path: str = "runs/sft"  # metrics, checkpoints and curves; the same folder again resumes
     output_model_id: str | None = None  # promote the result under this id
-    init_from: str | None = None  # start from these weights, cross_job://<job>/<name>
     lora_rank: Count = 0  # 0 trains all parameters
     max_seq_len: Positive | None = None  # longer rows are left out; unset: what the shape holds
     batch_size: Positive = 8  # rows per step
@@ -70,6 +71,7 @@ class Config(Checked):
     infra: InfraConfig = field(default_factory=InfraConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     wandb: WandBConfig = field(default_factory=WandBConfig)
+    run: RunOptions = field(default_factory=RunConfig)
 
     def check_together(self) -> None:
         check_output_model_id(self.output_model_id)
@@ -178,18 +180,18 @@ class Run:
 def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
     """Run the recipe; `on_step` sees every row of metrics. Returns job, checkpoints, final metrics, output model."""
     validate(config)
-    shape_id = str(config.infra.training_shape_id)
-    with (
-        RunLog(config.log_path, live=LIVE, curves=CURVES, wandb=config.wandb, config=asdict(config)) as log,
-        Workspace() as workspace,
-    ):
+    with RunLog(config, live=LIVE, curves=CURVES) as log, Workspace() as workspace:
         if config.grad_accumulation_normalization not in (None, "none"):
             log.note("grad_accumulation_normalization divides once more: this loss is a mean per token already")
         records = CheckpointLog(config.log_path)
-        resume_from = records.to_resume(config.base_model, shape_id, config.weight_sync)
-        profile = workspace.resolve(shape_id)
+        resume_from = records.to_resume(config, workspace.states)
+        profile = workspace.resolve(str(config.infra.training_shape_id))
         tokenizer = load_tokenizer(config.tokenizer_model)
         train, held_out = load_rows(config, tokenizer, context_limit(profile, config.max_seq_len), log.note)
+        plan = Plan(len(train), config.batch_size, config.epochs, config.max_steps, config.seed)
+        if config.run.dry_run:
+            tokens = sum(len(row.tokens) for row in train) * config.batch_size * plan.total_steps // len(train)
+            return dry_run.show(config, profile, {"rows": len(train), "steps": plan.total_steps, "tokens": tokens})
 
         # --- provision ---
         client = workspace.trainer(
@@ -199,11 +201,10 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
             lora_rank=config.lora_rank,
             learning_rate=config.optim.learning_rate,
         )
-        saver = Checkpointer(client, records, config.base_model, shape_id, config.weight_sync)
-        start, consumed = saver.start(resume_from, config.init_from, log.note)
-        size, epochs = config.batch_size, config.epochs
-        plan = Plan(len(train), size, epochs, config.max_steps, config.seed, start, consumed)
-        log.begin(start, plan.total_steps)
+        saver = Checkpointer(client, records, config, workspace.delete_state)
+        start, consumed = saver.start(resume_from, log.note)
+        plan = replace(plan, start=start, consumed=consumed)
+        log.begin(start, plan.total_steps, job_id=client.job_id)
 
         consumed = Run(config, client, saver, log, train, held_out, plan, len(tokenizer)).loop(on_step)
 

@@ -6,12 +6,21 @@ from training.utils.config import (
     DeployConfig,
     InfraConfig,
     OptimConfig,
+    RunConfig,
     TrainerConfig,
     WandBConfig,
     WeightSyncConfig,
     validate,
 )
-from training.utils.errors import CheckpointError, ConfigError, CookbookError, DataError, PlatformError
+from training.utils.errors import (
+    CheckpointError,
+    ConfigError,
+    CookbookError,
+    DataError,
+    MismatchError,
+    PlatformError,
+    ReconnectedError,
+)
 from training.utils.provision import Workspace
 from training.utils.rl.config import PolicyConfig, RolloutConfig
 
@@ -25,11 +34,14 @@ __all__ = [
     "DataError",
     "DeployConfig",
     "InfraConfig",
+    "MismatchError",
     "OptimConfig",
     "PlatformError",
     "PolicyConfig",
     "ReconnectableClient",
+    "ReconnectedError",
     "RolloutConfig",
+    "RunConfig",
     "TrainerConfig",
     "WandBConfig",
     "WeightSyncConfig",

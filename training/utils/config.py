@@ -7,8 +7,9 @@ is checked when the object is built and once more by `validate`, because it may 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Protocol, get_type_hints
 
+import tyro
 from annotated_types import Ge, Gt, Lt
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,7 +25,7 @@ Normalization = Literal["num_loss_tokens", "num_sequences", "none"]
 
 def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls, include_extras=True)
-    return {f.name: TypeAdapter(hints[f.name]) for f in fields(cls) if not is_dataclass(hints[f.name])}
+    return {f.name: TypeAdapter(hints[f.name]) for f in fields(cls) if _nested_type(cls, f.name) is None}
 
 
 class Checked:
@@ -70,23 +71,17 @@ def _nested_type(cls: type, name: str) -> type | None:
 
 @dataclass
 class InfraConfig(Checked):
-    """Where the trainers run.
+    """Where the trainers run. The shape is the one setting a run needs: it brings the hardware."""
 
-    `training_shape_id` (accounts/<account>/trainingShapes/<shape>) is the one setting a run needs: the shape brings the
-    hardware. `ref_training_shape_id` asks an RL run for a frozen reference trainer too; without it none is started.
-    `trainer_timeout_s` bounds the wait for a trainer to answer, in seconds.
-    """
-
-    training_shape_id: str | None = None
-    ref_training_shape_id: str | None = None
-    region: str | None = None
-    trainer_timeout_s: PositiveFloat = 3600
-    extra_args: list[str] | None = None
-    # The shape fills these. They exist so that a resolved setup can be described with the same class.
-    accelerator_type: str | None = None
-    accelerator_count: Positive | None = None
-    node_count: Positive | None = None
-    custom_image_tag: str | None = None
+    training_shape_id: str | None = None  # shape of the trainer, accounts/<account>/trainingShapes/<shape>; required
+    ref_training_shape_id: str | None = None  # shape of a frozen reference trainer; unset: none is started
+    region: str | None = None  # place the trainers there
+    trainer_timeout_s: PositiveFloat = 3600  # wait at most so many seconds for a trainer to answer
+    extra_args: list[str] | None = None  # arguments for the trainer's command line
+    accelerator_type: str | None = None  # decided by the shape, not to be set
+    accelerator_count: Positive | None = None  # decided by the shape, not to be set
+    node_count: Positive | None = None  # decided by the shape, not to be set
+    custom_image_tag: str | None = None  # decided by the shape, not to be set
 
     def check_together(self) -> None:
         if not self.training_shape_id:
@@ -109,47 +104,36 @@ TrainerConfig = InfraConfig
 
 @dataclass
 class DeployConfig(Checked):
-    """The deployment that rollouts are sampled from.
+    """The deployment that rollouts are sampled from. An existing one is attached to and left alone afterwards."""
 
-    An unset `deployment_id` is derived from the base model's name; an existing one is attached to and left alone
-    afterwards. `tokenizer_model` is a Hugging Face name or a local directory. `deployment_shape` unset means the one
-    that belongs to the training shape. `sample_timeout` (s) is for one completion, `deployment_timeout_s` for start-up.
-    `replica_count` pins the least and the most replicas to one number.
-    """
-
-    deployment_id: str | None = None
-    tokenizer_model: str | None = None
-    deployment_shape: str | None = None
-    deployment_region: str | None = None
-    hot_load_bucket_type: str = "FW_HOSTED"
-    deployment_timeout_s: PositiveFloat = 5400
-    deployment_extra_args: list[str] | None = None
-    sample_timeout: WholeSeconds = 600
-    disable_speculative_decoding: bool = True
-    extra_values: dict[str, str] | None = None
-    replica_count: Positive | None = None
-    # Filled by the deployment shape.
-    deployment_accelerator_type: str | None = None
+    deployment_id: str | None = None  # unset: derived from the base model's name
+    tokenizer_model: str | None = None  # Hugging Face name or local directory; RL needs it, it tokenizes prompts here
+    deployment_shape: str | None = None  # unset: the one that belongs to the training shape
+    deployment_region: str | None = None  # place the deployment there
+    hot_load_bucket_type: str = "FW_HOSTED"  # where weights are stored on their way to the deployment
+    deployment_timeout_s: PositiveFloat = 5400  # wait at most so many seconds until it can sample
+    deployment_extra_args: list[str] | None = None  # arguments for the server's command line
+    sample_timeout: WholeSeconds = 600  # wait at most so many seconds for one completion
+    disable_speculative_decoding: bool = True  # a draft model would lag behind hot-loaded weights
+    extra_values: dict[str, str] | None = None  # further values for the deployment
+    replica_count: Positive | None = None  # both the least and the most replicas
+    deployment_accelerator_type: str | None = None  # decided by the deployment shape, not to be set
 
     def check_together(self) -> None:
-        if self.deployment_shape and self.deployment_accelerator_type is not None:
-            raise self.refuse("deployment_accelerator_type", "leave it unset: deployment_shape decides it")
+        if self.deployment_accelerator_type is not None:
+            raise self.refuse("deployment_accelerator_type", "leave it unset: the deployment shape decides it")
 
 
 @dataclass
 class WeightSyncConfig(Checked):
-    """How often weights leave the trainer, counted in optimizer steps; 0 switches that kind off.
+    """How often weights leave the trainer, counted in optimizer steps; 0 switches that kind off."""
 
-    `dcp_save_interval` writes checkpoints that a run can resume from, and is off unless set. `weight_sync_interval`
-    saves and hot-loads weights for sampling. Timeouts are in seconds.
-    """
-
-    dcp_save_interval: Count = 0
-    weight_sync_interval: Count = 1
-    dcp_timeout: WholeSeconds = 2700
-    first_checkpoint_type: str = "base"
-    weight_sync_before_training: bool = False
-    weight_sync_timeout: WholeSeconds = 600
+    dcp_save_interval: Count = 0  # steps between checkpoints that a run can be resumed from; 0: it cannot be resumed
+    weight_sync_interval: Count = 1  # steps between hot-loads into the deployment
+    dcp_timeout: WholeSeconds = 2700  # wait at most so many seconds for a checkpoint to be saved or loaded
+    first_checkpoint_type: str = "base"  # first weights for the deployment: base is all of them, delta the changes
+    weight_sync_before_training: bool = False  # hot-load the trainer's weights before the first step
+    weight_sync_timeout: WholeSeconds = 600  # wait at most so many seconds for a hot-load
 
     def check_together(self) -> None:
         if self.first_checkpoint_type not in ("base", "delta"):
@@ -158,28 +142,57 @@ class WeightSyncConfig(Checked):
 
 @dataclass
 class WandBConfig(Checked):
-    """Weights & Biases. Tracking is on as soon as one field is set; an unset `run_name` is made up by the service."""
+    """Weights & Biases: on as soon as one field is set. WANDB_MODE=offline keeps everything on this machine."""
 
-    entity: str | None = None
-    project: str | None = None
-    run_name: str | None = None
+    entity: str | None = None  # team or user
+    project: str | None = None  # project within it
+    run_name: str | None = None  # unset: made up by the service
+
+
+@dataclass
+class RunConfig(Checked):
+    """Where a run begins, what it keeps and who else is shown its metrics."""
+
+    dry_run: bool = False  # show settings, shapes and an estimate, and create nothing
+    resume_from: str | None = None  # a checkpoint of this log_path, step-40 say; unset: the newest
+    init_from: str | None = None  # weights of a fresh start: cross_job://<job>/<name>, or the model name of an adapter
+    keep_checkpoints: Count = 0  # keep only so many of the newest ones to resume from; 0 keeps all
+    trackio: str | None = None  # project of a trackio dashboard
+    tensorboard: bool = False  # write event files into log_path/tensorboard
+
+
+# On a command line these are plain options, --dry-run instead of --run.dry-run.
+RunOptions = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 @dataclass
 class OptimConfig(Checked):
-    """AdamW and its schedule. `learning_rate` is the peak, reached after `warmup_steps` that rise linearly from zero.
+    """AdamW and its schedule."""
 
-    `grad_clip_norm` bounds the global gradient norm, 0 means no bound.
-    """
+    learning_rate: PositiveFloat = 1e-4  # the peak, which warm-up reaches
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # what follows the warm-up
+    warmup_steps: Count = 0  # steps that rise linearly from zero
+    weight_decay: NonNegative = 0.01  # decoupled, per step times the learning rate
+    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9  # decay of the first moment
+    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the second moment
+    eps: Annotated[float, Gt(0)] = 1e-8  # keeps the division finite
+    grad_clip_norm: NonNegative = 1.0  # bound of the global gradient norm; 0: none
 
-    learning_rate: PositiveFloat = 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    weight_decay: NonNegative = 0.01
-    beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
-    beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
-    eps: Annotated[float, Gt(0)] = 1e-8
-    grad_clip_norm: NonNegative = 1.0
+
+class RecipeConfig(Protocol):
+    """What the configuration of every recipe has, whatever it trains."""
+
+    base_model: str
+    dataset: str
+    log_path: str
+    output_model_id: str | None
+    lora_rank: int
+    seed: int
+    optim: OptimConfig
+    infra: InfraConfig
+    weight_sync: WeightSyncConfig
+    wandb: WandBConfig
+    run: RunConfig
 
 
 def check_output_model_id(model_id: str | None) -> None:

@@ -1,13 +1,14 @@
-"""What a run shows and leaves behind: `metrics.jsonl`, a progress bar or plain lines, curves, optionally W&B.
+"""What a run shows and leaves behind: `metrics.jsonl`, a progress bar or plain lines, curves.
 
-Knows no trainer and no algorithm; a recipe says which metrics matter. Invariant: one row per step in `metrics.jsonl`,
-in order, even after a resume; trouble with a tracker never stops training.
+Hands every row on to the trackers and to whoever supervises the run. Knows no trainer and no algorithm; a recipe says
+which metrics matter. Invariant: one row per step in `metrics.jsonl`, in order, even after a resume.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,11 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.utils.config import WandBConfig
+from training.utils.bands import MismatchGuard
+from training.utils.config import RecipeConfig
+from training.utils.dry_run import settings
+from training.utils.reports import Reports
+from training.utils.trackers import Trackers
 
 Row = dict[str, Any]
 LINE_INTERVAL_S = 2.0
@@ -34,45 +39,48 @@ class Curves:
 
 
 class RunLog:
-    """The record of one run in `log_path`. Use as a context manager, and call `begin` before the first step.
+    """The record of one run in its `log_path`. Use as a context manager, and call `begin` before the first step.
 
-    `live` maps the names shown while training to metrics.
+    `live` maps the names shown while training to metrics. `mismatch_stop_after` red steps in a row stop the run.
     """
 
     def __init__(
-        self,
-        log_path: str | Path,
-        *,
-        live: Mapping[str, str],
-        curves: Sequence[Curves],
-        wandb: WandBConfig,
-        config: Mapping[str, Any],
+        self, config: RecipeConfig, *, live: Mapping[str, str], curves: Sequence[Curves], mismatch_stop_after: int = 0
     ) -> None:
-        self.folder = Path(log_path).expanduser()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(config.log_path).expanduser()
         self.path = self.folder / "metrics.jsonl"
-        self._live, self._curves = live, curves
+        self._config, self._live, self._curves = config, live, curves
         self._console = Console(stderr=True)
         self._noted: set[str] = set()
         self._rows: list[Row] = []
         self._progress = _progress_bar(self._console)
-        self._tracker = _Tracker(wandb, config, self.note)
+        self._guard = MismatchGuard(mismatch_stop_after, self.note)
+        self._reports = Reports()
+        self._step, self._total = 0, 0
+        self._trackers: Trackers | None = None
         self._file: TextIO | None = None
         self._printed = -math.inf
 
     def __enter__(self) -> RunLog:
+        self._reports.status("starting")
         return self
 
-    def begin(self, start_step: int, total_steps: int) -> None:
-        """Open the record behind `start_step` finished steps.
+    def begin(self, start_step: int, total_steps: int, **about: Any) -> None:
+        """Open the record behind `start_step` finished steps; `about` names what the run uses, its job say.
 
         Later rows are left over from a run that was cut off and are dropped; the metrics of an earlier run that is not
         being resumed are moved aside.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._rows = self._kept_rows(start_step)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self._rows), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
-        self._first_step, self._total, self._started = start_step, total_steps, time.monotonic()
+        facts = {**about, "log_path": str(self.folder), "pid": os.getpid(), "settings": settings(self._config)}
+        self._trackers = Trackers(self._config, facts["settings"], self.folder, self.note)
+        self._reports.metadata(facts)
+        self._step = self._first_step = start_step
+        self._total, self._started = total_steps, time.monotonic()
+        self._reports.status("running", start_step, total_steps)
         self._bar = self._progress.add_task("", total=total_steps, completed=start_step, live="")
         if self._console.is_terminal:
             self._progress.start()
@@ -80,7 +88,11 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tracker.finish()
+        # Being told to stop unwinds as SystemExit or KeyboardInterrupt.
+        state = "completed" if error is None else "failed" if isinstance(error, Exception) else "stopped"
+        self._reports.status(state, self._step, self._total or None, "" if error is None else repr(error))
+        if self._trackers is not None:
+            self._trackers.finish()
         if self._file is None:
             return
         if self._console.is_terminal:
@@ -97,18 +109,26 @@ class RunLog:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> Row:
-        """Record the metrics of one finished step and show the live ones. Returns the row."""
+        """Record the metrics of one finished step and show the live ones. Returns the row.
+
+        Raises MismatchError, the row recorded, when sampler and trainer have disagreed for too long.
+        """
         row: Row = {"step": step, "time": round(time.time(), 3), **metrics}
         assert self._file is not None, "begin() comes before the first row"
+        assert self._trackers is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._rows.append(row)
-        self._tracker.log(row)
+        self._step = step
+        self._trackers.log(row)
+        self._reports.metrics(row)
+        self._reports.status("running", step, self._total)
         shown = "  ".join(f"{name} {row[key]:.4g}" for name, key in self._live.items() if key in row)
         if self._console.is_terminal:
             self._progress.update(self._bar, completed=step, live=shown)
         else:
             self._print_line(step, shown)
+        self._guard.see(row)
         return row
 
     def _print_line(self, step: int, shown: str) -> None:
@@ -124,7 +144,9 @@ class RunLog:
     def result(self, **about: Any) -> dict[str, Any]:
         """What a recipe returns: facts about the run, the newest value of every metric, where the log is."""
         metrics = {key: value for row in self._rows for key, value in row.items()}
-        return {**about, "metrics": metrics, "log_path": str(self.folder)}
+        result = {**about, "metrics": metrics, "log_path": str(self.folder)}
+        self._reports.output(result)
+        return result
 
     def _kept_rows(self, start_step: int) -> list[Row]:
         if not self.path.exists():
@@ -185,34 +207,3 @@ def draw(rows: Sequence[Mapping[str, Any]], curves: Sequence[Curves], path: Path
 def _progress_bar(console: Console) -> Progress:
     columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[live]}"))
     return Progress(*columns, console=console)
-
-
-class _Tracker:
-    """Weights & Biases when it is configured; says once why it is not used, and then keeps quiet."""
-
-    def __init__(self, settings: WandBConfig, config: Mapping[str, Any], note: Any) -> None:
-        self._note, self._run = note, None
-        if settings.entity or settings.project or settings.run_name:
-            self._attempt(lambda: self._start(settings, config))
-
-    def log(self, row: Row) -> None:
-        if self._run is not None:
-            self._attempt(lambda: self._run.log(row, step=row["step"]))
-
-    def finish(self) -> None:
-        if self._run is not None:
-            self._attempt(self._run.finish)
-
-    def _start(self, settings: WandBConfig, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            entity=settings.entity, project=settings.project, name=settings.run_name, config=dict(config)
-        )
-
-    def _attempt(self, action: Any) -> None:
-        try:
-            action()
-        except Exception as exc:  # noqa: BLE001 - a tracker is a foreign service, and training must outlive it
-            self._run = None
-            self._note(f"Weights & Biases is off for this run: {exc}")

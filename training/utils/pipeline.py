@@ -40,8 +40,8 @@ class Plan:
     epochs: int
     max_steps: int | None
     seed: int
-    start: int
-    consumed: int
+    start: int = 0
+    consumed: int = 0
 
     @property
     def num_left(self) -> int:

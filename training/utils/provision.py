@@ -18,12 +18,14 @@ import httpx
 from training.utils.client import ReconnectableClient
 from training.utils.config import DeployConfig, InfraConfig, WeightSyncConfig
 from training.utils.errors import ConfigError, PlatformError
+from training.utils.reference import FrozenBase
 
 if TYPE_CHECKING:
     from fireworks.training.sdk import DeploymentSampler, TrainingShapeProfile, WeightSyncer
 
 HOSTED_URL = "https://api.fireworks.ai"
 PROBE_TIMEOUT_S = 10
+DELETE_TIMEOUT_S = 60
 SAMPLING_WINDOW = 64
 
 
@@ -87,6 +89,33 @@ class Workspace:
             )
         self._cleanup.callback(client.close)
         return client
+
+    def reference(
+        self, base_model: str, infra: InfraConfig, client: ReconnectableClient, lora_rank: int
+    ) -> ReconnectableClient | FrozenBase | None:
+        """What gives the base model's log-probs: a trainer of `infra.ref_training_shape_id`; without one the frozen
+        base below the adapter of `client`; None for a full-parameter run without one.
+        """
+        if infra.ref_training_shape_id is not None:
+            return self.trainer(base_model, self.resolve(infra.ref_training_shape_id), infra, forward_only=True)
+        return FrozenBase(client, base_model) if lora_rank else None
+
+    def states(self, job_id: str) -> list[str]:
+        """Names of what a job has saved; none for a job that the server does not know."""
+        with explained(f"checkpoints of {job_id}"):
+            if self.trainers.try_get(job_id) is None:
+                return []
+            return [row["name"].rpartition("/")[2] for row in self.trainers.list_checkpoints(job_id)]
+
+    def delete_state(self, job_id: str, name: str) -> bool:
+        """Remove a saved state for good. False when the server deletes no checkpoints, or has none of that name."""
+        path = f"/v1/accounts/{self.trainers.account_id}/rlorTrainerJobs/{job_id}/checkpoints/{name}"
+        with explained(f"checkpoint {name} of {job_id}"):
+            answer = httpx.delete(self.base_url + path, headers={"X-Api-Key": self.api_key}, timeout=DELETE_TIMEOUT_S)
+            if answer.status_code in (404, 405, 501):
+                return False
+            answer.raise_for_status()
+        return True
 
     def deployment(
         self, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer: ReconnectableClient | None

@@ -65,7 +65,9 @@ def test_the_interface_is_the_published_one() -> None:
         "fw_api_key": None,
         "default_timeout": 600,
         "endpoint": None,
+        "reconnect": False,
     }
+    assert parameters["reconnect"].kind is inspect.Parameter.KEYWORD_ONLY
     methods = {
         "forward": ["data", "loss_fn"],
         "forward_backward": ["data", "loss_fn", "loss_fn_config"],

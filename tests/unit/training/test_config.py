@@ -105,6 +105,7 @@ def test_validate_sees_what_was_assigned_later() -> None:
         (InfraConfig(training_shape_id=SHAPE, node_count=1), "node_count = 1: leave it unset"),
         (InfraConfig(training_shape_id=SHAPE, custom_image_tag="v1"), "custom_image_tag"),
         (DeployConfig(deployment_shape="s", deployment_accelerator_type="H200"), "deployment_accelerator_type"),
+        (DeployConfig(deployment_accelerator_type="H200"), "deployment_accelerator_type = 'H200': leave it unset"),
         (WeightSyncConfig(first_checkpoint_type="full"), "first_checkpoint_type = 'full'"),
     ],
 )

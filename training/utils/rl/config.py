@@ -42,6 +42,7 @@ class RolloutConfig(Checked):
     max_head_offpolicy_versions: Count = 0  # sample ahead while the trainer works, with weights this many syncs old
     environment: NamedFunction | None = None  # (row) -> respond, and respond(completion) -> messages
     max_turns: Positive = 8  # how often the model may speak where there is an environment
+    mismatch_stop_after: Count = 3  # stop after so many steps in which sampler and trainer disagree badly; 0: never
     call_timeout_s: PositiveFloat = 600  # seconds that one call of the reward or the environment may take
 
 
