@@ -82,6 +82,9 @@ def sampler(spec: SpecFile = None, model: ModelDir = None, port: Port = 8002) ->
 
 def export() -> None:
     """Make one snapshot a Hugging Face directory: an ExportRequest on stdin, an ExportReport on stdout."""
+    from firebox.launch.child import end_with_parent
+
+    end_with_parent()  # before torch is imported, which takes seconds
     from firebox.export.child import main
 
     sys.exit(main())

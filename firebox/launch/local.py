@@ -11,7 +11,6 @@ import contextlib
 import os
 import secrets
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Final
 import msgspec
 
 from firebox.launch.api import Worker, WorkerPlan
+from firebox.launch.child import FIREBOX
 from firebox.wire.worker import ComputeMode, ReadyNotice, WorkerAddress, WorkerRuntime
 
 START_WITHIN_S: Final = 600.0
 STOP_WITHIN_S: Final = 6.0
-FIREBOX: Final = (sys.executable, "-m", "firebox")
 _MAX_SOCKET_PATH: Final = 100
 
 
@@ -147,13 +146,13 @@ class LocalLauncher:
         return worker
 
     def sweep(self) -> None:
-        for path in self._run_dir.glob("*.pid"):
-            mark = self._mark(path.stem)
-            if path.stem in self._workers:
-                continue
+        # The spec comes first: a server killed right after it has left one without a mark. A process that was started
+        # in between finds nobody to report its readiness to, and ends.
+        for ident in {path.stem for path in self._run_dir.iterdir()} - self._workers.keys():
+            mark = self._mark(ident)
             if mark is not None and _is_running(mark):
                 _signal_group(mark.pid, signal.SIGKILL)
-            self._forget(path.stem)
+            self._forget(ident)
 
     async def close(self) -> None:
         waiting = list(self._workers.values())

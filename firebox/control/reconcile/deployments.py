@@ -1,13 +1,16 @@
 """The replicas of each deployment: as many as wanted, of the newest generation, serving the wanted snapshot.
 
-Replicas of an older generation serve on until the new ones are ready and have caught up. Invariant: only ready
-replicas are published, and a deployment is READY only when exactly the wanted ones run.
+Replicas of an older generation serve on until the new ones are ready and have caught up. A replica that ends is
+replaced; one that cannot start, or ends again and again, fails the deployment. Invariant: only ready replicas are
+published, and a deployment is READY only when exactly the wanted ones run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,15 +19,19 @@ import msgspec
 
 from firebox.control.reconcile.driver import Driver
 from firebox.control.reconcile.log_tail import log_tail
-from firebox.control.services import deployments, hot_load
+from firebox.control.services import deployments, hot_load, pools
 from firebox.control.services.context import Control
 from firebox.control.services.deployments import CREATING, DELETING, FAILED, LIVE, READY, UPDATING
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.launch.api import Launcher, Worker, WorkerPlan
 from firebox.launch.probe import ask
+from firebox.wire.errors import FireboxError
 from firebox.wire.worker import HotloadCommand, ReplicaStatus, SamplerSpec, WorkerRuntime
 
 _HOTLOAD_WITHIN_S = 600.0
+_LOSSES = 3
+_LOSSES_WITHIN_S = 60.0
+"""So many replicas lost in so short a time are not bad luck: another one would end the same way."""
 
 
 @dataclass
@@ -35,6 +42,7 @@ class _Replica:
     generation: int
     applied: int = 0
     fresh: bool = True
+    served: bool = False
     stopping: bool = False
     loading: asyncio.Task[None] | None = None
 
@@ -48,22 +56,23 @@ class Deployments:
         self._control = control
         self._launcher = launcher
         self._replicas: dict[str, list[_Replica]] = {}
+        self._losses: defaultdict[str, list[float]] = defaultdict(list)
         self.driver = Driver(control, DeploymentRow.collection, self._step, self._failed)
 
     async def recover(self) -> None:
-        """Take back the replicas of an earlier server; a deployment that lost one fails."""
+        """Take back the replicas of an earlier server; lost ones are replaced, but pools start when they are needed.
+
+        What a replica has loaded is asked of it: its last hot-load may have been cut off with the earlier server.
+        """
         for row in await deployments.unfinished(self._control):
             replicas = []
             for known in row.workers:
                 worker = self._launcher.adopt(known["ident"], self._kicker(row.name))
                 if worker is not None:
-                    sequence = hot_load.wanted(row)
-                    replicas.append(_Replica(worker, known["generation"], applied=sequence, fresh=False))
+                    replicas.append(_Replica(worker, known["generation"], fresh=False))
             self._replicas[row.name] = replicas
-            if row.state in (READY, UPDATING) and len(replicas) < len(row.workers):
-                await deployments.move(
-                    self._control, row, LIVE, FAILED, "its replicas were gone when the server started"
-                )
+            if row.pooled and not replicas and row.state in LIVE:
+                await pools.stop_sampler(self._control, row.account, row.id)
             self.driver.kick(row.name)
 
     async def close(self) -> None:
@@ -80,18 +89,19 @@ class Deployments:
         lost = [r for r in replicas if r.worker.ended is not None]
         replicas[:] = [r for r in replicas if r.worker.ended is None]
         if row.state in LIVE:
-            wanted = deployments.num_replicas(row.request)
             failed = [r for r in lost if r.generation == row.generation and not r.stopping]
-            if failed:
+            if failed and self._is_hopeless(row, failed):
                 await self._fail(row, failed[0])
                 return
-            await self._converge(row, wanted)
+            await self._converge(row, deployments.num_replicas(row.request))
         else:
             self._publish(row, replicas)
             await self._wind_down(row, replicas)
 
     async def _converge(self, row: DeploymentRow, wanted: int) -> None:
         replicas, current = self._replicas[row.name], self._current(row)
+        if len(current) < wanted:
+            await deployments.move(self._control, row, {READY}, UPDATING)
         for _ in range(wanted - len(current)):
             worker = await self._launcher.start(await self._plan(row), self._kicker(row.name))
             replicas.append(_Replica(worker, row.generation))
@@ -100,6 +110,7 @@ class Deployments:
             surplus.stop()
         current = current[:wanted]
         for replica in replicas:
+            replica.served = replica.served or replica.worker.ready
             if replica.worker.ready and replica.loading is None and replica.applied < hot_load.wanted(row):
                 replica.loading = asyncio.create_task(self._hot_load(row, replica))
         caught_up = all(r.worker.ready and (not r.fresh or r.applied == hot_load.wanted(row)) for r in current)
@@ -127,7 +138,11 @@ class Deployments:
                 if status.error:
                     break
         except (httpx.HTTPError, msgspec.DecodeError) as error:
-            await deployments.move(self._control, row, LIVE, FAILED, f"a replica did not answer a hot-load: {error!r}")
+            if replica.worker.ended is None:  # one that has ended is replaced
+                reason = f"a replica did not answer a hot-load: {error!r}"
+                await deployments.move(self._control, row, LIVE, FAILED, reason)
+        except FireboxError as error:
+            await deployments.move(self._control, row, LIVE, FAILED, f"a replica cannot catch up: {error.message}")
         finally:
             replica.loading, replica.applied = None, hot_load.wanted(row)
             self.driver.kick(row.name)
@@ -147,7 +162,15 @@ class Deployments:
             replica.stop()
         if row.state == DELETING and not replicas:
             del self._replicas[row.name]
+            self._losses.pop(row.name, None)
             await deployments.remove(self._control, row)
+
+    def _is_hopeless(self, row: DeploymentRow, lost: list[_Replica]) -> bool:
+        """Whether replacing the `lost` replicas would only lose more."""
+        now = time.monotonic()
+        recent = [at for at in self._losses[row.name] if at > now - _LOSSES_WITHIN_S] + [now] * len(lost)
+        self._losses[row.name] = recent
+        return len(recent) >= _LOSSES or not all(replica.served for replica in lost)
 
     async def _fail(self, row: DeploymentRow, lost: _Replica) -> None:
         tail = log_tail(self._control.layout.deployment_log(row.account, row.id))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -83,3 +86,49 @@ class Server:
     def create_deployment(self, ident: str, **fields: Any) -> httpx.Response:
         body = {"baseModel": "accounts/local/models/tiny", "enableHotLoad": True, **fields}
         return self.own("POST", "deployments", params={"deploymentId": ident}, json=body)
+
+
+SERVED = "FIREBOX_SERVED"
+"""In the environment of everything that a forked server starts: its data directory."""
+
+
+def serve(data: Path, orphan_grace_s: float) -> None:
+    """Be a server, as `SERVER` is, whose exports need no model either."""
+    from firebox.cli import up
+    from firebox.control.reconcile import checkpoints
+    from firebox.launch.local import LocalLauncher
+
+    os.environ[SERVED] = str(data)
+    command = [sys.executable, str(WORKER)]
+    up.LocalLauncher = functools.partial(LocalLauncher, command=command, orphan_grace_s=orphan_grace_s)  # type: ignore[misc]
+    checkpoints.run_child = functools.partial(checkpoints.run_child, command=command)
+    with (data.parent / "up.log").open("ab", buffering=0) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    up.run(data, "127.0.0.1", 0, [])
+
+
+class ForkedServer(Server):
+    """A server that starts in a tenth of the time: its process is forked from one that has imported everything."""
+
+    orphan_grace_s = 1.0
+
+    def start(self) -> None:
+        forks = multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload(["firebox.cli.up", "firebox.launch.local"])
+        (self.data / "server.json").unlink(missing_ok=True)
+        self.fork = forks.Process(target=serve, args=(self.data, self.orphan_grace_s))
+        self.fork.start()
+        deadline = time.monotonic() + 30
+        while not (self.data / "server.json").exists():
+            assert self.fork.is_alive(), (self.data.parent / "up.log").read_text()
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.005)
+        self.url = json.loads((self.data / "server.json").read_text())["url"]
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.fork.is_alive():
+            assert self.fork.pid is not None
+            os.kill(self.fork.pid, number)
+        self.fork.join(20)
+        assert not self.fork.is_alive()

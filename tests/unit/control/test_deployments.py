@@ -131,14 +131,42 @@ def test_new_transition_replaces_the_replica_and_keeps_the_snapshot(server: Serv
     server.own("DELETE", "deployments/rolling")
 
 
-def test_killed_replica_fails_the_deployment_and_it_can_be_made_again(server: Server) -> None:
-    server.create_deployment("fragile")
-    pid = server.ask("POST", "/v1/completions", json={"model": "accounts/local/deployments/fragile"}).json()["pid"]
+def kill_replica(server: Server, deployment: str) -> int:
+    """Kill the replica that answers, and return its pid."""
+    pid = int(
+        server.ask("POST", "/v1/completions", json={"model": f"accounts/local/deployments/{deployment}"}).json()["pid"]
+    )
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 5
-    while server.own("GET", "deployments/fragile").json()["state"] != "FAILED":
+    return pid
+
+
+def settles(server: Server, deployment: str, state: str, within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while server.own("GET", f"deployments/{deployment}", headers={"Prefer": "wait=0"}).json()["state"] != state:
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+def test_killed_replica_is_replaced_and_serves_what_it_served(server: Server, job: str) -> None:
+    server.create_deployment("tough", hotLoadTrainerJob=job)
+    hot_load(server, "tough", "a-base")
+    hot_load(server, "tough", "b-delta", previous="a-base")
+    killed = kill_replica(server, "tough")
+    settles(server, "tough", "UPDATING")
+    settles(server, "tough", "READY")
+    assert loaded(server, "tough") == ["b-delta"]
+    assert kill_replica(server, "tough") != killed
+    server.own("DELETE", "deployments/tough")
+
+
+def test_replica_that_ends_again_and_again_fails_the_deployment(server: Server) -> None:
+    server.create_deployment("fragile")
+    for _ in range(2):
+        kill_replica(server, "fragile")
+        settles(server, "fragile", "UPDATING")
+        settles(server, "fragile", "READY")
+    kill_replica(server, "fragile")
+    settles(server, "fragile", "FAILED")
     answer = server.ask("POST", "/v1/completions", json={"model": "accounts/local/deployments/fragile"})
     assert answer.status_code == 400
     assert "ended by signal 9" in answer.json()["error"]["message"]

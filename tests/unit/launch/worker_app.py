@@ -1,4 +1,4 @@
-"""A worker without a model: `worker_app.py trainer|sampler --spec FILE`, served as real workers are.
+"""A worker without a model: `worker_app.py trainer|sampler --spec FILE`, served as real workers are; or `export`.
 
 What it does wrong is written in the name of its job or deployment: `broken` cannot start, `slow` takes its
 time, `stubborn` ignores SIGTERM.
@@ -20,9 +20,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from firebox.launch.child import end_with_parent
 from firebox.launch.host import serve
 from firebox.wire.errors import FailedPrecondition
-from firebox.wire.worker import HotloadCommand, ReplicaStatus, SamplerSpec, TrainerSpec
+from firebox.wire.worker import ExportReport, ExportRequest, HotloadCommand, ReplicaStatus, SamplerSpec, TrainerSpec
 
 
 class FakeReplica:
@@ -95,7 +96,20 @@ def build(spec: TrainerSpec | SamplerSpec) -> Starlette:
     )
 
 
+def export() -> None:
+    """Takes its time to make a directory, as exports do."""
+    end_with_parent()
+    out_dir = Path(msgspec.json.decode(sys.stdin.buffer.read(), type=ExportRequest).out_dir)
+    out_dir.mkdir()
+    time.sleep(0.05)
+    (out_dir / "config.json").write_text("{}")
+    sys.stdout.buffer.write(msgspec.json.encode(ExportReport(ok=True)))
+
+
 def main() -> None:
+    if sys.argv[1] == "export":
+        export()
+        return
     kind = TrainerSpec if sys.argv[1] == "trainer" else SamplerSpec
     spec = msgspec.json.decode(Path(sys.argv[3]).read_bytes(), type=kind)
     print("worker is starting", flush=True)
