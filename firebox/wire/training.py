@@ -152,7 +152,7 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCreated(msgspec.Struct, frozen=True, kw_only=True):
-    """No capability beyond plain training is advertised, so that clients refuse the others by themselves.
+    """Of the capabilities that clients ask for, only the loss `reinforce` is there; they refuse the others themselves.
 
     `step` counts the optimizer steps behind these weights: above 0, the model did not start anew but attached to live
     full-parameter weights, or began with a saved state.
@@ -163,6 +163,7 @@ class ModelCreated(msgspec.Struct, frozen=True, kw_only=True):
     lora_rank: int = 0
     step: int = 0
     supports_router_replay: bool = False
+    supports_reinforce: bool = True
     type: Literal["create_model"] = "create_model"
 
 

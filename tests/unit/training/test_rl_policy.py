@@ -82,7 +82,7 @@ def test_groups_of_equal_rewards_are_left_out_unless_asked_for() -> None:
     assert [value for _, value in everything] == [0.0, 0.0, -1.0, 1.0]
     metrics = describe(groups, version=2)
     assert metrics["rollout/zero_variance_fraction"] == 0.5
-    assert metrics["rollout/staleness_max"] == 2
+    assert metrics["rollout/staleness"] == 2
 
 
 def test_the_outcome_counts_ratios_outside_their_bounds() -> None:

@@ -79,8 +79,7 @@ def describe(groups: Groups, version: int) -> dict[str, float]:
         "rollout/turns": float(np.mean([rollout.num_turns for rollout in rollouts])),
         "rollout/truncated_fraction": float(np.mean([rollout.truncated for rollout in rollouts])),
         "rollout/zero_variance_fraction": float(np.mean([spread == 0 for spread in spreads])),
-        "rollout/staleness_mean": float(np.mean(ages)),
-        "rollout/staleness_max": float(max(ages)),
+        "rollout/staleness": float(max(ages)),
     }
 
 
