@@ -6,6 +6,7 @@ valid key or, for a download, a ticket.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import re
 import socket
@@ -71,7 +72,7 @@ class Guard:
             raise PermissionDenied(f"Origin: pages of {origin!r} may not use this server", reason="ORIGIN_NOT_ALLOWED")
 
     def _admit(self, scope: Scope, headers: Headers, held: contextlib.ExitStack) -> None:
-        key = self._key_of(headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer "))
+        key = self._key_of(headers.get("x-api-key") or _authorization(headers.get("authorization", "")))
         if key is not None:
             if not scope["path"].endswith(_NOT_COUNTED):
                 held.enter_context(self._limits.slot(key))
@@ -90,6 +91,17 @@ class Guard:
         if scope["method"] != "GET" or not scope["path"].startswith(DOWNLOADS):
             return None
         return self._account_of_ticket(scope["path"].removeprefix(DOWNLOADS).partition("/")[0])
+
+
+def _authorization(header: str) -> str:
+    """The key in a bearer token or, as browsers send it, in the place of a password."""
+    scheme, _, value = header.partition(" ")
+    if scheme.lower() != "basic":
+        return value
+    try:
+        return base64.b64decode(value).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _name(authority: str) -> str:

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from firebox.wire.errors import FireboxError, Internal, ResourceExhausted, envelope
+from firebox.wire.errors import FireboxError, Internal, ResourceExhausted, Unauthenticated, envelope
 from firebox.wire.tinker import DOWNLOADS
 
 Scope = MutableMapping[str, Any]
@@ -97,6 +97,8 @@ class _Answer:
         headers = {}
         if isinstance(error, ResourceExhausted) and error.retry_after_s is not None:
             headers["retry-after"] = str(math.ceil(error.retry_after_s))
+        if isinstance(error, Unauthenticated) and "text/html" in Headers(raw=scope["headers"]).get("accept", ""):
+            headers["www-authenticate"] = 'Basic realm="Firebox: the API key is the password"'
         await JSONResponse(envelope(error), error.status, headers)(scope, receive, self)
 
 

@@ -26,7 +26,7 @@ def _seen_account(request: Request, account: str) -> str | None:
     """Whose keys are shown: any account's to an operator, all with `-`, and to others their own."""
     if is_operator(request):
         return None if account == "-" else account
-    return own_account(request)
+    return own_account(request, account)
 
 
 Managed = Annotated[str, Depends(_any_account)]

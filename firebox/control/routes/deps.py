@@ -30,10 +30,9 @@ def is_operator(request: Request) -> bool:
     return cast(bool, request.scope["operator"])
 
 
-def own_account(request: Request) -> str:
+def own_account(request: Request, account: str) -> str:
     """The account in the path: the caller's own, or the shared one that stands for it."""
     caller = _caller(request)
-    account = request.path_params["account"]
     if account not in (caller, SHARED_ACCOUNT, "-"):
         raise PermissionDenied(f"account: {account!r} is not yours; this key belongs to {caller!r}")
     return caller

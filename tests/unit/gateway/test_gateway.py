@@ -157,6 +157,15 @@ def test_either_header_carries_the_key(base: str) -> None:
     assert httpx.get(f"{base}/docs", headers={"x-api-key": KEY}).status_code == 418
 
 
+def test_browsers_are_asked_for_the_key_and_send_it_as_a_password(base: str) -> None:
+    page = httpx.get(f"{base}/docs", headers={"Accept": "text/html"})
+    assert (page.status_code, page.headers["www-authenticate"][:5]) == (401, "Basic")
+    assert "www-authenticate" not in httpx.get(f"{base}/docs").headers
+    assert httpx.get(f"{base}/docs", auth=("", KEY)).status_code == 418
+    assert httpx.get(f"{base}/docs", auth=("", "fb_wrong")).status_code == 401
+    assert httpx.get(f"{base}/docs", headers={"Authorization": "Basic !"}).status_code == 401
+
+
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:80", "169.254.169.254", "", "localhost.evil"])
 def test_foreign_host_names_are_refused(base: str, host: str) -> None:
     answer = ask(base, "GET", "/docs", headers={"Host": host})
