@@ -61,14 +61,14 @@ def show(config: RecipeConfig, policy: TrainingShapeProfile, estimate: Mapping[s
     shape = {name: value for name, value in vars(policy).items() if value not in (None, "")}
     console = Console(stderr=True)
     for title, rows in (
-        ("Settings", [(s.name, _text(s.value), s.source) for s in resolved]),
-        (f"Training shape {policy.training_shape}", [(name, _text(value), "") for name, value in shape.items()]),
-        ("Estimate; nothing was created", [(name, _text(value), "") for name, value in estimate.items()]),
+        ("Settings and where they come from", [(s.name, _text(s.value), s.source) for s in resolved]),
+        (f"Training shape {policy.training_shape}", [(name, _text(value)) for name, value in shape.items()]),
+        ("Estimate; nothing was created", [(name, _text(value)) for name, value in estimate.items()]),
     ):
-        table = Table(*("name", "value", "source"), title=title, title_justify="left", show_header=False)
+        table = Table.grid(padding=(0, 2))
         for row in rows:
-            table.add_row(*row)
-        console.print(table)
+            table.add_row("", *row)
+        console.print(f"\n{title}", table)
     sources = {s.name: {"value": _text(s.value), "source": s.source} for s in resolved}
     return {"settings": sources, "shape": shape, "estimate": dict(estimate)}
 

@@ -21,6 +21,12 @@ async def list_checkpoints(control: Ctx, account: Account, job: str, pageSize: i
     return {"checkpoints": [row.wire() for row in rows], "nextPageToken": following}
 
 
+@router.delete("/rlorTrainerJobs/{job}/checkpoints/{checkpoint}")
+async def delete_checkpoint(control: Ctx, account: Account, job: str, checkpoint: str) -> Json:
+    await checkpoints.delete_state(control, account, job, checkpoint)
+    return {}
+
+
 @router.post("/checkpoints/{checkpoint}:promote")
 async def promote_checkpoint(control: Ctx, account: Account, checkpoint: str, body: Promote) -> Json:
     """The model itself when it is there in time, otherwise the operation to ask for later."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypeVar
@@ -54,6 +56,19 @@ async def snapshot(control: Control, account: str, job: str, identity: str) -> t
     return folder / identity, found
 
 
+async def delete_state(control: Control, account: str, job: str, name: str) -> None:
+    """Remove a training state for good; raises NotFound. Snapshots are not removed: deployments serve them."""
+    await trainer_jobs.get(control, account, job)
+    folder = control.layout.job(account, job) / "checkpoints"
+    known = [m.name for _, m in await asyncio.to_thread(lambda: list(_read(folder, CheckpointManifest)))]
+    if name not in known:
+        raise NotFound(
+            f"checkpoint {name!r} is no training state of trainer job {job!r}; newest known: "
+            f"{', '.join(known[-_NAMED_AT_MOST:]) or 'none'}"
+        )
+    await asyncio.to_thread(bury, folder / name, control.layout.staging / uuid.uuid4().hex)
+
+
 async def promote(control: Control, account: str, checkpoint: str, request: Promote) -> OperationRow:
     """Check a promotion and begin it as an operation.
 
@@ -89,6 +104,13 @@ async def promoted_row(control: Control, operation: OperationRow, facts: dict[st
     origin = f"accounts/{operation.account}/rlorTrainerJobs/{request['job']}/checkpoints/{request['checkpoint']}"
     facts = base.facts | facts | {"base_model": request["base"], "promoted_from": origin}
     return ModelRow(account=operation.account, id=request["output"], state="READY", facts=facts)
+
+
+def bury(directory: Path, grave: Path) -> None:
+    """Remove a directory so that nobody ever finds half of it."""
+    if directory.exists():
+        directory.rename(grave)
+        shutil.rmtree(grave)
 
 
 def _scan(job_name: str, folder: Path) -> list[Checkpoint]:

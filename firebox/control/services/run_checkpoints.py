@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -17,6 +16,7 @@ from typing import Final, Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from firebox.control.services.checkpoints import bury
 from firebox.control.services.context import Control
 from firebox.control.services.downloads import Offer
 from firebox.control.tables.run_checkpoints import RunCheckpointRow
@@ -94,7 +94,7 @@ async def delete(control: Control, account: str, path: CheckpointPath) -> None:
 async def remove(control: Control, account: str, path: CheckpointPath) -> None:
     """Remove a checkpoint and what was said about it, whether it is there or not."""
     directory = await _directory(control, account, path)
-    await asyncio.to_thread(_bury, directory, control.layout.staging / uuid.uuid4().hex)
+    await asyncio.to_thread(bury, directory, control.layout.staging / uuid.uuid4().hex)
     await control.db.run(lambda session: _forget(session, account, path))
 
 
@@ -181,13 +181,6 @@ def _expiry(ttl_seconds: int | None) -> str | None:
 
 def _is_over(row: RunCheckpointRow) -> bool:
     return row.expires_at is not None and datetime.fromisoformat(row.expires_at) <= datetime.now(UTC)
-
-
-def _bury(directory: Path, grave: Path) -> None:
-    """Remove a directory so that nobody ever finds half of it."""
-    if directory.exists():
-        directory.rename(grave)
-        shutil.rmtree(grave)
 
 
 def _forget(session: Session, account: str, path: CheckpointPath) -> None:

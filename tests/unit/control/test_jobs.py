@@ -79,6 +79,11 @@ def test_killed_trainer_fails_the_job_and_its_open_futures(server: Server) -> No
     assert [(row["name"].rsplit("/")[-1], row["checkpointType"]) for row in rows] == [
         ("step-7", "CHECKPOINT_TYPE_TRAINING")
     ]
+    assert server.own("DELETE", "rlorTrainerJobs/doomed/checkpoints/step-7").json() == {}
+    assert server.own("GET", "rlorTrainerJobs/doomed/checkpoints").json()["checkpoints"] == []
+    assert not folder.exists()
+    for name in ("step-7", "%2e%2e"):
+        assert server.own("DELETE", f"rlorTrainerJobs/doomed/checkpoints/{name}").status_code == 404
 
 
 def test_trainer_that_cannot_start_fails_the_job_with_its_own_words(server: Server) -> None:
