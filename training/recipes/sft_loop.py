@@ -35,10 +35,10 @@ from training.utils.config import (
 from training.utils.datums import build_datum
 from training.utils.errors import ConfigError, DataError
 from training.utils.metrics import Curves, RunLog
-from training.utils.pipeline import Plan, Sent, Step, pipelined
 from training.utils.provision import Workspace, context_limit
 from training.utils.render import Rendered, load_tokenizer, render_chat
 from training.utils.schedule import adam_params
+from training.utils.steps import Plan, Sent, Step, pipelined
 
 LIVE = {"loss": "train/loss", "eval": "eval/loss", "tok/s": "perf/tokens_per_s"}
 CURVES = [

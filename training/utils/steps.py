@@ -1,4 +1,4 @@
-"""Optimizer steps with two of them in flight: the next is sent before the last is awaited, so a trainer never idles.
+"""Which rows each optimizer step takes, and having two steps in flight, so that a trainer never idles.
 
 Knows no loss. Invariants: steps finish in the order they were sent; where a step is a stop, nothing later is on its way
 when it is handed out, so that a state or a held-out loss belongs behind exactly that step.
@@ -73,15 +73,13 @@ class Sent:
     optim_step: Waitable
 
     def wait(self, timeout: float) -> dict[str, float]:
-        """The step's metrics, once the trainer has taken it."""
+        """The step's metrics, once the trainer has taken it. Times are those spent waiting, not those it took."""
         timer = Timer()
         with timer("forward_backward"):
-            reported = self.forward_backward.result(timeout=timeout).metrics
+            loss = self.forward_backward.result(timeout=timeout).metrics["loss:sum"]
         with timer("optim"):
             optim = self.optim_step.result(timeout=timeout).metrics or {}
-        # A service's own metrics say how they are reduced behind a colon; those of a loss of ours have plain names.
-        metrics = {f"train/{name}": value for name, value in reported.items() if ":" not in name}
-        metrics |= {"train/loss": reported["loss:sum"], "optim/lr": self.learning_rate} | timer.seconds
+        metrics = {"train/loss": loss, "optim/lr": self.learning_rate} | timer.seconds
         return metrics | ({"optim/grad_norm": optim["grad_norm"]} if "grad_norm" in optim else {})
 
 
