@@ -60,6 +60,7 @@ class Engine:
         self._touched: dict[Generation, None] = {}
         self._swap: Swap | None = None
         self._identity: str | None = None
+        self._cache_is_stale = False
         self._stopping = False
         self._in_flight = 0
         self._thread = threading.Thread(target=self._run, name="sampler-engine", daemon=True)
@@ -126,6 +127,9 @@ class Engine:
         return self._scheduler.admit() if self._swap is None else []
 
     def _compute(self, newcomers: list[Sequence]) -> None:
+        if self._cache_is_stale:
+            self._refill(self._scheduler.live[: len(self._scheduler.live) - len(newcomers)])
+            self._cache_is_stale = False
         if newcomers:
             self._prefill(newcomers)
             self._retire()
@@ -184,6 +188,7 @@ class Engine:
             swap.done.set_exception(error)
         else:
             self._identity = swap.identity
+            self._cache_is_stale = True
             swap.done.set_result(None)
 
     def _retire(self) -> None:
@@ -217,6 +222,13 @@ class Engine:
         if wanting:
             rows = self._tensor([row_of[sequence.generation.prompt] for sequence in wanting])
             self._draw(wanting, self._lm.logits(hidden[last[rows]]))
+
+    def _refill(self, running: list[Sequence]) -> None:
+        """Compute keys and values of the first, running slots again: a token must depend on its own weights alone."""
+        for slot, sequence in enumerate(running):
+            tokens = [*sequence.generation.prompt, *(token.id for token in sequence.tokens[:-1])]
+            context = Prefill(self._cache, [len(tokens)], [slot])
+            self._lm.hidden(self._tensor(tokens), packed_positions([len(tokens)], self._lm.device), context)
 
     def _decode(self, live: list[Sequence]) -> None:
         """One more token for every live sequence, in one batched step."""

@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, TypeVar, cast
 
 import msgspec
 
@@ -87,6 +87,9 @@ class CheckpointManifest(msgspec.Struct, frozen=True, kw_only=True):
 Manifest = SnapshotManifest | CheckpointManifest
 _M = TypeVar("_M", SnapshotManifest, CheckpointManifest)
 
+# Made here, by one thread: msgspec crashes when two threads are the first to decode one type.
+_DECODERS: Final = {kind: msgspec.json.Decoder(kind) for kind in (SnapshotManifest, CheckpointManifest)}
+
 
 def read_snapshot(directory: Path) -> SnapshotManifest | None:
     """The snapshot manifest in `directory`, or None when nothing was committed there."""
@@ -104,7 +107,7 @@ def _read(directory: Path, kind: type[_M]) -> _M | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return msgspec.json.decode(raw, type=kind)
+        return cast(_M, _DECODERS[kind].decode(raw))
     except msgspec.DecodeError as error:
         raise FailedPrecondition(
             f"{directory / MANIFEST_NAME} is damaged: {error}", reason="MANIFEST_DAMAGED"

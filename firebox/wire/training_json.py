@@ -118,6 +118,17 @@ class _LoadAdapterBody(msgspec.Struct, frozen=True, kw_only=True):
     adapter_path: str
 
 
+# Large bodies are decoded on several threads, and msgspec crashes when two of them are the first to decode one type:
+# these types are made known to it here, by one thread.
+_KNOWN: Final = [
+    msgspec.json.Decoder(kind)
+    for kind in (
+        *(OperationAddress, CreateModelAddress, _CreateModelBody, _ForwardBody, _ForwardBackwardBody),
+        *(_OptimStepBody, _SaveStateBody, _LoadStateBody, _SaveForSamplerBody, _LoadAdapterBody),
+    )
+]
+
+
 # ----------------------------------------------------------------------------------------------------------- requests
 
 
