@@ -108,7 +108,8 @@ async def update(
 
     def work(session: Session) -> DeploymentRow:
         row = session.get_one(DeploymentRow, (account, ident))
-        before, after = row.request, {k: v for k, v in (row.request | changes).items() if v is not None}
+        before, given = row.request, {k: v for k, v in (row.request | changes).items() if v is not None}
+        after = CreateDeployment.model_validate(given).wire()  # what was taken away goes back to its default
         _check_replicas(after["minReplicaCount"], after["maxReplicaCount"])
         row.request = after
         if before.get("hotLoadTransitionType", "ASYNC") != after.get("hotLoadTransitionType", "ASYNC"):

@@ -198,3 +198,15 @@ def test_other_accounts_are_out_of_reach(server: Server, job: str) -> None:
     body = {"model": "accounts/other/deployments/d"}
     assert server.ask("POST", "/v1/completions", json=body).status_code == 404
     assert Path(server.data / "jobs" / "local").is_dir()
+
+
+@pytest.mark.parametrize(("mask", "body"), [(None, {"minReplicaCount": None}), ("min_replica_count,description", {})])
+def test_field_that_is_taken_away_goes_back_to_its_default(
+    server: Server, mask: str | None, body: dict[str, Any]
+) -> None:
+    server.create_deployment("cleared", minReplicaCount=1, maxReplicaCount=1, description="mine")
+    params = {} if mask is None else {"updateMask": mask}
+    changed = server.own("PATCH", "deployments/cleared", params=params, json=body).json()
+    assert (changed["minReplicaCount"], changed["maxReplicaCount"]) == (0, 1)
+    assert changed["description"] == ("mine" if mask is None else "")
+    assert server.own("DELETE", "deployments/cleared").status_code == 200
