@@ -7,7 +7,6 @@ line that is logged on the way carries the same one, and no failure leaves witho
 from __future__ import annotations
 
 import logging
-import math
 import re
 import time
 import uuid
@@ -20,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from firebox.wire.errors import FireboxError, Internal, ResourceExhausted, Unauthenticated, envelope
+from firebox.wire.errors import FireboxError, Internal, Unauthenticated, envelope, headers
 from firebox.wire.tinker import DOWNLOADS
 
 Scope = MutableMapping[str, Any]
@@ -94,12 +93,10 @@ class _Answer:
     async def fail(self, error: FireboxError, scope: Scope, receive: Receive) -> None:
         if self.status:
             raise error  # half an answer is out: only closing the connection tells the client
-        headers = {}
-        if isinstance(error, ResourceExhausted) and error.retry_after_s is not None:
-            headers["retry-after"] = str(math.ceil(error.retry_after_s))
+        told = headers(error)
         if isinstance(error, Unauthenticated) and "text/html" in Headers(raw=scope["headers"]).get("accept", ""):
-            headers["www-authenticate"] = 'Basic realm="Firebox: the API key is the password"'
-        await JSONResponse(envelope(error), error.status, headers)(scope, receive, self)
+            told["www-authenticate"] = 'Basic realm="Firebox: the API key is the password"'
+        await JSONResponse(envelope(error), error.status, told)(scope, receive, self)
 
 
 def _bug(scope: Scope, error: Exception) -> Internal:

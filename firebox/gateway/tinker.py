@@ -10,6 +10,7 @@ it is refused; the reason is told by the future.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
@@ -24,7 +25,7 @@ from firebox.gateway.futures import Futures, failure
 from firebox.gateway.guard import MAX_BODY_BYTES
 from firebox.gateway.proxy import LookUp, Proxy, relayed
 from firebox.wire import sample_result, tinker
-from firebox.wire.client_config import client_config
+from firebox.wire.client_config import DYNAMIC_CONFIG, client_config
 from firebox.wire.compression import decompress
 from firebox.wire.errors import FireboxError, Internal, InvalidArgument, Unavailable
 from firebox.wire.tinker import CheckpointPath, CheckpointType, CreateModelBody, LoadNewModelBody, SaveBody
@@ -109,7 +110,7 @@ class Root:
     def routes(self) -> list[Route]:
         posts: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "client/config": _config,
-            "client/dynamic_config": _constant({"refresh_interval_sec": 300, "sample_cancel_enabled": False}),
+            "client/dynamic_config": _constant(DYNAMIC_CONFIG),
             "telemetry": _constant({"status": "accepted"}),
             "create_model": self._create_model,
             "unload_model": self._unload_model,
@@ -164,11 +165,9 @@ class Root:
 
     async def _operation(self, request: Request) -> Response:
         raw = await request.body()
-        plain = decompress(raw, request.headers.get("content-encoding"), MAX_BODY_BYTES)
-        if request.headers.get("content-type", "").startswith(MEDIA_TYPE):
-            model_id: str | None = model_id_of(plain)
-        else:
-            model_id = _decode(plain, _Addressed).model_id
+        as_proto = request.headers.get("content-type", "").startswith(MEDIA_TYPE)
+        # A body may be megabytes, and its id may stand at its end: other requests go on meanwhile.
+        model_id = await asyncio.to_thread(_model_of, raw, request.headers.get("content-encoding"), as_proto)
         if not model_id:
             raise InvalidArgument("model_id: the body must name its model")
         try:
@@ -318,6 +317,11 @@ def _in_clients_words(content: bytes, request_id: str) -> bytes:
     else:
         told = {"path": tinker.of_artifact(result.path, "training").path}
     return msgspec.json.encode(msgspec.json.decode(content, type=dict[str, Any]) | told)
+
+
+def _model_of(raw: bytes, encoding: str | None, as_proto: bool) -> str | None:
+    plain = decompress(raw, encoding, MAX_BODY_BYTES)
+    return model_id_of(plain) if as_proto else _decode(plain, _Addressed).model_id
 
 
 def _constant(answer: dict[str, Any]) -> Callable[[Request], Awaitable[Response]]:

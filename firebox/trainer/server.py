@@ -31,9 +31,11 @@ from firebox.trainer.engine import Engine
 from firebox.trainer.journal import digest_of
 from firebox.trainer.services import Handler
 from firebox.trainer.session import Future, Session
+from firebox.trainer.silence import put_away_silent
 from firebox.trainer.turns import EngineThread
 from firebox.wire import training_json, training_proto
-from firebox.wire.errors import FireboxError, Internal, InvalidArgument, NotFound, envelope
+from firebox.wire.client_config import DYNAMIC_CONFIG
+from firebox.wire.errors import FireboxError, Internal, InvalidArgument, NotFound, envelope, headers
 from firebox.wire.training import CreateModelAddress, ForwardOutput, OperationAddress
 from firebox.wire.training import Request as TrainingRequest
 from firebox.wire.worker import TrainerSpec
@@ -58,10 +60,11 @@ def build_app(spec: TrainerSpec) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
         thread = EngineThread(engine)
-        with ThreadPoolExecutor(CODEC_THREADS, "codec") as codec:
+        session = Session(thread.submit, pooled=spec.pooled)
+        with ThreadPoolExecutor(CODEC_THREADS, "codec") as codec, put_away_silent(session):
             yield {
                 "spec": spec,
-                "session": Session(thread.submit, pooled=spec.pooled),
+                "session": session,
                 "codec": codec,
                 "architecture": engine.architecture,
                 "tokenizer": tokenizer,
@@ -70,7 +73,7 @@ def build_app(spec: TrainerSpec) -> Starlette:
 
     posts: dict[str, Handler] = {
         "client/config": services.config,
-        "client/dynamic_config": services.constant({"refresh_interval_sec": 300, "sample_cancel_enabled": False}),
+        "client/dynamic_config": services.constant(DYNAMIC_CONFIG),
         "create_session": services.create_session,
         "session_heartbeat": services.session_heartbeat,
         "sessions/{session_id}/finish": services.finish_session,
@@ -115,8 +118,8 @@ def _operation(route: str) -> Handler:
             if route != "forward_backward":
                 raise InvalidArgument(f"Content-Type: {route} is read as JSON only")
             decode = training_proto.decode_forward_backward
-        (address, operation, _), digest = await decoded(request, _with_digest(route, decode))
-        return _accepted(request.state.session.accept(address, digest, operation))
+        (address, operation, canonical), digest = await decoded(request, _with_digest(route, decode))
+        return _accepted(request.state.session.accept(address, digest, operation, len(canonical)))
 
     return handle
 
@@ -164,7 +167,7 @@ def _accepted(future: Future) -> Response:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, FireboxError)
-    return JSONResponse(envelope(error), status_code=error.status)
+    return JSONResponse(envelope(error), error.status, headers(error))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

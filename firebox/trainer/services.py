@@ -60,13 +60,13 @@ async def create_session(request: Request) -> Response:
 
 
 async def session_heartbeat(request: Request) -> Response:
-    request.state.session.check_session((await read_json(request, _SessionBody)).session_id)
+    request.state.session.heard((await read_json(request, _SessionBody)).session_id)
     return JSONResponse({"type": "session_heartbeat"})
 
 
 async def finish_session(request: Request) -> Response:
     """A client says goodbye. What it made stays until it is unloaded: another one may go on with it."""
-    request.state.session.check_session(request.path_params["session_id"])
+    request.state.session.heard(request.path_params["session_id"])
     return JSONResponse({"type": "finish_session"})
 
 

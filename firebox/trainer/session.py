@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Final
 
 from firebox.trainer.journal import Entry, Journal
-from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound
+from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound, ResourceExhausted
 from firebox.wire.training import (
     Command,
     CreateModel,
@@ -34,7 +34,10 @@ from firebox.wire.training import (
     failed,
 )
 
+MAX_WAITING_BYTES: Final = 512 * 2**20
+"""Of accepted requests without a result; what they take in memory is a small multiple."""
 _KEEP_RESULT_S: Final = 600.0
+_SOON_S: Final = 1.0
 _MAX_EARLY: Final = 2048
 """How far ahead of its turn a request may come: what waits is kept, and the journal must still know all of it."""
 
@@ -44,30 +47,40 @@ Submit = Callable[[Command, Callable[[Result], None]], None]
 class Future:
     """The answer to one accepted request, readable many times once `done` is set."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, num_bytes: int = 0) -> None:
         self.request_id = request_id
+        self.num_bytes = num_bytes
         self.done = asyncio.Event()
         self.result: Result | None = None
         self.finished_at = 0.0
 
 
 class _Sequence:
-    """One model's order: the next place to leave for the engine, and who came early."""
+    """One model's order: the next place to leave for the engine, who left last, and who came early."""
 
-    def __init__(self) -> None:
+    def __init__(self, session_id: str) -> None:
+        self.session_id = session_id
         self.next = 0
+        self.latest: Future | None = None
         self.early: dict[int, tuple[Operation | Failed, Future]] = {}
         self.journal = Journal()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine owes this model a result."""
+        return self.latest is not None and not self.latest.done.is_set()
 
 
 class Session:
     """All sessions and models of one trainer; `submit` takes commands to the engine, which calls back with results."""
 
-    def __init__(self, submit: Submit, *, pooled: bool = False) -> None:
+    def __init__(self, submit: Submit, *, pooled: bool = False, max_waiting_bytes: int = MAX_WAITING_BYTES) -> None:
         self._submit = submit
         self._pooled = pooled
+        self._max_waiting_bytes = max_waiting_bytes
+        self._waiting_bytes = 0
         self._loop = asyncio.get_running_loop()
-        self._session_ids: set[str] = set()
+        self._heard_at: dict[str, float] = {}
         self._sequences: dict[str, _Sequence] = {}
         self._created: dict[str, ModelCreated] = {}
         self._futures: dict[str, Future] = {}
@@ -83,8 +96,20 @@ class Session:
 
     def open_session(self) -> str:
         session_id = f"session-{uuid.uuid4().hex}"
-        self._session_ids.add(session_id)
+        self._heard_at[session_id] = time.monotonic()
         return session_id
+
+    def heard(self, session_id: str) -> None:
+        """Note that a client is there; raises NotFound as `check_session` does."""
+        self.check_session(session_id)
+        if not self._pooled:
+            self._heard_at[session_id] = time.monotonic()
+
+    def silent(self, for_s: float) -> list[str]:
+        """Sessions that were not heard of for so many seconds, and for which the engine has nothing left to do."""
+        busy = {sequence.session_id for sequence in self._sequences.values() if sequence.is_busy}
+        heard_before = time.monotonic() - for_s
+        return [ident for ident, at in self._heard_at.items() if at <= heard_before and ident not in busy]
 
     def created(self, model_id: str) -> ModelCreated:
         """What a model was created as; raises NotFound."""
@@ -94,21 +119,22 @@ class Session:
 
     def check_session(self, session_id: str) -> None:
         """Raises NotFound when this trainer did not open that session; a pooled one leaves sessions to the server."""
-        if not self._pooled and session_id not in self._session_ids:
+        if not self._pooled and session_id not in self._heard_at:
             raise NotFound(
-                f"session_id: {session_id!r} is not known to this trainer; it may have been restarted, reconnect",
+                f"session_id: {session_id!r} is not known to this trainer, which was restarted or had not heard of the "
+                "session for too long; reconnect",
                 reason="SESSION_NOT_FOUND",
             )
 
     def create_model(self, address: CreateModelAddress, digest: bytes, operation: Operation | Failed) -> Future:
         """Accept the creation of a model; the same request again gets the first one's future."""
         try:
-            self.check_session(address.session_id)
+            self.heard(address.session_id)
             if address.model_seq_id < 0:
                 raise InvalidArgument(f"model_seq_id: {address.model_seq_id} must be 0 or above")
         except FireboxError as error:
             return self._failed(error)
-        sequence = self._sequences.setdefault(address.model_id, _Sequence())
+        sequence = self._sequences.setdefault(address.model_id, _Sequence(address.session_id))
         return self._accept(address.model_id, sequence, 0, digest, operation)
 
     def restore_model(self, address: CreateModelAddress, operation: CreateModel, next_seq_id: int) -> Future:
@@ -128,14 +154,36 @@ class Session:
         self._send(model_id, SaveState(name=name), future)
         return future, sequence.next
 
-    def accept(self, address: OperationAddress, digest: bytes, operation: Operation | Failed) -> Future:
-        """Accept an operation at its place; a `Failed` one consumes the place too."""
+    async def put_away(self, session_id: str) -> None:
+        """Forget a session; each of its LoRA models is saved as a checkpoint `silent-...` before it is unloaded.
+
+        Raises FailedPrecondition when one cannot be saved; that one stays, and so does the session.
+        """
+        for model_id in [ident for ident, sequence in self._sequences.items() if sequence.session_id == session_id]:
+            created = self._created.get(model_id)
+            if created is not None and created.is_lora:
+                future, _ = self.save_model(model_id, _silent_name(model_id))
+                await future.done.wait()
+                if isinstance(future.result, Failed):
+                    raise FailedPrecondition(f"{model_id} could not be saved and stays: {future.result.error}")
+            await self.unload_model(model_id).done.wait()
+        del self._heard_at[session_id]
+
+    def accept(
+        self, address: OperationAddress, digest: bytes, operation: Operation | Failed, num_bytes: int = 0
+    ) -> Future:
+        """Accept an operation of that size at its place; a `Failed` one consumes the place too.
+
+        Raises ResourceExhausted, with nothing accepted, when too much waits already.
+        """
         sequence = self._sequences.get(address.model_id)
         if sequence is None:
             return self._failed(_unknown_model(address.model_id))
         if address.seq_id is None or address.seq_id < 1:
             return self._failed(InvalidArgument(f"seq_id: {address.seq_id} must be a number from 1 on"))
-        return self._accept(address.model_id, sequence, address.seq_id, digest, operation)
+        if sequence.session_id in self._heard_at:
+            self.heard(sequence.session_id)
+        return self._accept(address.model_id, sequence, address.seq_id, digest, operation, num_bytes)
 
     def unload_model(self, model_id: str) -> Future:
         """Forget a model after what was accepted before; who still waits for a gap to fill fails. Repeatable."""
@@ -159,7 +207,13 @@ class Session:
         return future.result
 
     def _accept(
-        self, model_id: str, sequence: _Sequence, seq_id: int, digest: bytes, operation: Operation | Failed
+        self,
+        model_id: str,
+        sequence: _Sequence,
+        seq_id: int,
+        digest: bytes,
+        operation: Operation | Failed,
+        num_bytes: int = 0,
     ) -> Future:
         if seq_id in sequence.journal:
             try:
@@ -172,11 +226,24 @@ class Session:
         if seq_id > sequence.next + _MAX_EARLY:
             told = f"seq_id: {seq_id} is more than {_MAX_EARLY} ahead; the next is {sequence.next}"
             return self._failed(InvalidArgument(f"{told}; send operations in their order, without gaps"))
-        future = self._new_future()
+        self._check_room(sequence, seq_id, num_bytes)
+        future = self._new_future(num_bytes)
         sequence.journal.record(seq_id, Entry(future.request_id, digest))
         sequence.early[seq_id] = (operation, future)
         self._release(model_id, sequence)
         return future
+
+    def _check_room(self, sequence: _Sequence, seq_id: int, num_bytes: int) -> None:
+        """Each model may have one request in work whatever waits: who waits for a gap never bars who fills it."""
+        if self._waiting_bytes + num_bytes <= self._max_waiting_bytes:
+            return
+        if seq_id != sequence.next or sequence.is_busy:
+            raise ResourceExhausted(
+                f"{self._waiting_bytes} bytes of requests wait for this trainer, and it takes "
+                f"{self._max_waiting_bytes}; send this one again in some seconds",
+                reason="TOO_MUCH_WAITING",
+                retry_after_s=_SOON_S,
+            )
 
     def _release(self, model_id: str, sequence: _Sequence) -> None:
         while sequence.next in sequence.early:
@@ -191,6 +258,8 @@ class Session:
         def answer(result: Result) -> None:
             self._loop.call_soon_threadsafe(self._resolve, model_id, type(operation), future, result)
 
+        if model_id in self._sequences:
+            self._sequences[model_id].latest = future
         self._submit(Command(model_id=model_id, operation=operation), answer)
 
     def _resolve(self, model_id: str, kind: type | None, future: Future, result: Result) -> None:
@@ -208,14 +277,16 @@ class Session:
             self._finish(waiting, Failed(error=f"model_id: {model_id} {why}", category="user"))
 
     def _finish(self, future: Future, result: Result) -> None:
+        self._waiting_bytes -= future.num_bytes
         future.result = result
         future.finished_at = time.monotonic()
         future.done.set()
         self._finished.append(future)
 
-    def _new_future(self) -> Future:
+    def _new_future(self, num_bytes: int = 0) -> Future:
         self._forget_expired()
-        future = Future(uuid.uuid4().hex)
+        self._waiting_bytes += num_bytes
+        future = Future(uuid.uuid4().hex, num_bytes)
         self._futures[future.request_id] = future
         return future
 
@@ -230,9 +301,14 @@ class Session:
             del self._futures[self._finished.popleft().request_id]
 
 
+def _silent_name(model_id: str) -> str:
+    """A checkpoint name that tells the model and is used once."""
+    return f"silent-{model_id.replace(':', '-')}-{uuid.uuid4().hex[:6]}"
+
+
 def _unknown_model(model_id: str) -> NotFound:
     return NotFound(
-        f"model_id: {model_id!r} is not known to this trainer; it was unloaded or the trainer was restarted, "
-        "create the model again",
+        f"model_id: {model_id!r} is not known to this trainer; it was unloaded, its session was silent for too "
+        "long, or the trainer was restarted; create the model again and load its checkpoint",
         reason="MODEL_NOT_FOUND",
     )

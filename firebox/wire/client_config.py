@@ -1,7 +1,8 @@
 """What a training client asks a server before anything else: how to send its data.
 
-Owns the answer per SDK version. Tinker clients of 0.25 and above always write protobuf and may compress it, which
-costs a local client a few milliseconds and a distant one saves most of the upload; everyone else writes plain JSON.
+Owns both answers: the one per SDK version, and the one that clients ask for again while they run. Tinker clients of 0.25
+and above always write protobuf and may compress it, which costs a local client a few milliseconds and a distant one
+saves most of the upload; everyone else writes plain JSON.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
+DYNAMIC_CONFIG: Final = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
 _FIRST_PROTOBUF_SDK: Final = (0, 25)
 
 

@@ -18,6 +18,7 @@ To add one: subclass FireboxError with its gRPC `code` and HTTP `status`; give e
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, Final
 
 _MAX_MESSAGE: Final = 2000
@@ -92,6 +93,12 @@ class Internal(FireboxError):
 
 class Unavailable(FireboxError):
     code, status, default_reason = 14, 503, "UNAVAILABLE"
+
+
+def headers(error: FireboxError) -> dict[str, str]:
+    """The headers of an error answer: when to try again, where that is known."""
+    wait_s = error.retry_after_s if isinstance(error, ResourceExhausted) else None
+    return {} if wait_s is None else {"retry-after": str(math.ceil(wait_s))}
 
 
 def envelope(error: FireboxError) -> dict[str, Any]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 import torch
 from fireworks.training.sdk import types
 from fireworks.training.sdk.client import FiretitanServiceClient
 from trainer_harness import serving
 
-from firebox.wire.worker import TrainerSpec, WorkerRuntime
+from firebox.wire.worker import WorkerRuntime
 
 BASE = "accounts/local/models/tiny"
 ADAM = types.AdamParams(learning_rate=1e-3)
@@ -26,14 +28,14 @@ def datum(first: int = 5, length: int = 24, **inputs: object) -> types.Datum:
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[TrainerSpec], str]]:
+def serve() -> Iterator[Callable[..., str]]:
     with contextlib.ExitStack() as stack:
-        yield lambda spec: stack.enter_context(serving(spec))
+        yield lambda *arguments: stack.enter_context(serving(*arguments))
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[[str], FiretitanServiceClient]]:
-    services = []
+def connect(serve) -> Iterator[Callable[[str], FiretitanServiceClient]]:
+    services = []  # closed before their servers, which they tell something at the end
 
     def open_service(url: str) -> FiretitanServiceClient:
         services.append(FiretitanServiceClient(base_url=url, api_key="any"))
@@ -166,7 +168,7 @@ def test_forward_only_job_computes_and_refuses_to_train(make_spec, serve, connec
         client.optim_step(ADAM).result()
 
 
-def test_throughput_mode_trains_models_of_many_clients_together(make_spec, connect, serve):
+def test_throughput_mode_trains_models_of_many_clients_together(make_spec, serve, connect):
     """Two clients send at once, behind a long pass of a third: their requests share a pass, and learn as alone."""
     runtime = WorkerRuntime(socket="", token="", mode="throughput")
     url = serve(make_spec(lora_rank=4, runtime=runtime))
@@ -183,3 +185,43 @@ def test_throughput_mode_trains_models_of_many_clients_together(make_spec, conne
         busy.result()
     assert together == 2
     assert losses == sorted(losses, reverse=True)
+
+
+def test_a_full_trainer_makes_the_sdk_wait_and_nothing_is_lost(make_spec, serve, connect, monkeypatch):
+    """Five requests at once where one has room: the SDK is told to come back, and the sequence has no hole."""
+    small = "import firebox.trainer.session as s\ns.Session.__init__.__kwdefaults__['max_waiting_bytes'] = 100\n"
+    statuses: list[int] = []
+    send = httpx.AsyncClient.send
+
+    async def noted(self: httpx.AsyncClient, request: httpx.Request, **options: object) -> httpx.Response:
+        response = await send(self, request, **options)
+        statuses.append(response.status_code)
+        return response
+
+    client = connect(serve(make_spec(), small)).create_training_client(BASE)
+    monkeypatch.setattr(httpx.AsyncClient, "send", noted)
+    passed = [client.forward_backward([datum(first, 100)] * 4, "cross_entropy") for first in range(5)]
+    assert [future.result().metrics["loss:sum"] > 0 for future in passed] == [True] * 5
+    assert client.optim_step(ADAM).result() is not None
+    assert 429 in statuses
+
+
+def test_a_silent_session_is_saved_and_unloaded(make_spec, serve, connect):
+    quick = "import firebox.trainer.silence as s\ns.SILENCE_S = 1.0\n"
+    url = serve(make_spec(lora_rank=4), quick)
+    client = connect(url).create_training_client(BASE, lora_rank=4)
+    for _ in range(2):
+        client.forward_backward([datum()], "cross_entropy").result()
+        client.optim_step(ADAM).result()
+    expected = client.forward([datum()], "cross_entropy").result().metrics
+    names: list[str] = []
+    deadline = time.monotonic() + 20
+    while not names and time.monotonic() < deadline:  # the SDK's heartbeat is slower than this trainer's patience
+        time.sleep(0.2)
+        names = httpx.get(f"{url}/api/v1/list_checkpoints").json()["checkpoints"]
+    assert [name.startswith("silent-session-") for name in names] == [True]
+    with pytest.raises(Exception, match="silent for too long"):
+        client.forward([datum()], "cross_entropy").result()
+    again = connect(url).create_training_client(BASE, lora_rank=4)
+    again.load_state_with_optimizer(names[0]).result()
+    assert again.forward([datum()], "cross_entropy").result().metrics == expected

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from firebox.trainer.session import Session
-from firebox.wire.errors import NotFound
+from firebox.wire.errors import NotFound, ResourceExhausted
 from firebox.wire.training import (
     AdamParams,
     Command,
@@ -32,7 +32,7 @@ class Notes:
 
     def __init__(self) -> None:
         self.steps: list[float] = []
-        self.session = Session(self.submit)
+        self.session = Session(self.submit, max_waiting_bytes=100)
         self.refuse_models = False
 
     def submit(self, command: Command, answer: Callable[[Result], None]) -> None:
@@ -52,10 +52,10 @@ class Notes:
         await self.session.wait(future.request_id, 1)
         return address.model_id
 
-    def step(self, model_id: str, seq_id: int, body: bytes | None = None) -> str:
+    def step(self, model_id: str, seq_id: int, body: bytes | None = None, num_bytes: int = 0) -> str:
         operation = OptimStep(adam_params=AdamParams(learning_rate=seq_id))
         address = OperationAddress(model_id=model_id, seq_id=seq_id)
-        return self.session.accept(address, body or str(seq_id).encode(), operation).request_id
+        return self.session.accept(address, body or str(seq_id).encode(), operation, num_bytes).request_id
 
 
 def run(test: Callable[[Notes], object]) -> None:
@@ -174,5 +174,46 @@ def test_unknown_addresses_are_told_apart():
         assert "session_id" in failed.error
         with pytest.raises(NotFound, match="request_id"):
             await notes.session.wait("no-such-request", 1)
+
+    run(test)
+
+
+def test_too_much_waiting_is_refused_and_takes_no_place_but_never_who_is_next():
+    async def test(notes: Notes) -> None:
+        model_id, other = await notes.model(), await notes.model()
+        early = [notes.step(model_id, seq_id, num_bytes=50) for seq_id in (2, 3)]
+        with pytest.raises(ResourceExhausted, match="100 bytes of requests wait") as refused:
+            notes.step(model_id, 4, num_bytes=50)
+        assert refused.value.status == 429
+        assert notes.step(model_id, 3, num_bytes=50) == early[1]  # who was accepted may ask again
+        assert isinstance(await notes.session.wait(notes.step(other, 1, num_bytes=50), 1), OptimStepOutput)
+        first = notes.step(model_id, 1, num_bytes=500)
+        with pytest.raises(ResourceExhausted):
+            notes.step(model_id, 4, num_bytes=50)
+        for request_id in (first, *early):
+            assert isinstance(await notes.session.wait(request_id, 1), OptimStepOutput)
+        assert isinstance(await notes.session.wait(notes.step(model_id, 4, num_bytes=50), 1), OptimStepOutput)
+        assert notes.steps == [1, 1, 2, 3, 4]
+
+    run(test)
+
+
+def test_who_is_silent_and_has_no_work_is_found():
+    async def test(notes: Notes) -> None:
+        model_id = await notes.model()
+        session_id = model_id.partition(":")[0]
+        assert notes.session.silent(60) == []
+        notes.step(model_id, 1)
+        assert notes.session.silent(0) == []  # its result has not come back yet
+        await asyncio.sleep(0.01)
+        assert notes.session.silent(0) == [session_id]
+        notes.session.heard(session_id)
+        assert notes.session.silent(0.005) == []
+        await notes.session.put_away(session_id)
+        with pytest.raises(NotFound, match="reconnect"):
+            notes.session.heard(session_id)
+        gone = await notes.session.wait(notes.step(model_id, 2), 1)
+        assert isinstance(gone, Failed)
+        assert "silent for too long" in gone.error
 
     run(test)

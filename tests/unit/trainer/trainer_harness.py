@@ -58,10 +58,10 @@ def trainer_spec(model_dir: Path, root: Path, job: str = "job", **changes: objec
 
 
 @contextlib.contextmanager
-def serving(spec: TrainerSpec) -> Iterator[str]:
-    """Run a trainer process inside the block and yield its base URL."""
+def serving(spec: TrainerSpec, prelude: str = "") -> Iterator[str]:
+    """Run a trainer process inside the block and yield its base URL; `prelude` is code that it runs first."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        command = [sys.executable, "-c", _SERVE, msgspec.json.encode(spec).decode(), str(listener.fileno())]
+        command = [sys.executable, "-c", prelude + _SERVE, msgspec.json.encode(spec).decode(), str(listener.fileno())]
         process = subprocess.Popen(command, pass_fds=[listener.fileno()])
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
