@@ -90,6 +90,13 @@ def load_preferences(source: Source) -> list[Pair]:
     return _some(pairs, source)
 
 
+def load_any(source: Source) -> list[Row] | list[Pair]:
+    """Pairs if the first row is one, else conversations, whether answered or not. Raises DataError with file:line."""
+    _, first = next(_records(source), ("", {}))
+    is_pair = any(known.matches(first) for known in formats.PREFERENCES)
+    return load_preferences(source) if is_pair else _rows(source, formats.CHATS + formats.PROMPTS)
+
+
 def describe(rows: Sequence[HasKind], source: Source) -> str:
     """How many rows of which format were found, as a line to print."""
     kinds = Counter(row.kind for row in rows)

@@ -37,14 +37,17 @@ class Format:
     fields: frozenset[str]
     read: Callable[[Fields], Any]
 
+    def matches(self, row: Fields) -> bool:
+        """Whether the row has all the fields. A table has every column in every row; None means there is no value."""
+        return all(row.get(name) is not None for name in self.fields)
+
 
 def detect(formats: tuple[Format, ...], row: Fields) -> Format:
     """The format of this row. Raises ValueError naming all that are known and what the row has instead."""
-    present = sorted(name for name, value in row.items() if value is not None)
-    found = next((known for known in formats if known.fields <= set(present)), None)
+    found = next((known for known in formats if known.matches(row)), None)
     if found is None:
         expected = "; ".join(f"{known.name} ({', '.join(sorted(known.fields))})" for known in formats)
-        raise ValueError(f"expected the fields of one of: {expected}; the row has: {', '.join(present) or 'none'}")
+        raise ValueError(f"expected the fields of one of: {expected}; the row has: {', '.join(sorted(row)) or 'none'}")
     return found
 
 
