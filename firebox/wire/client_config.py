@@ -1,6 +1,6 @@
 """What a training client asks a server before anything else: how to send its data.
 
-Owns both answers: the one per SDK version, and the one that clients ask for again while they run. Tinker clients of 0.25
+Owns both answers: the one per SDK version, and the one that running clients ask for again. Tinker clients of 0.25
 and above always write protobuf and may compress it, which costs a local client a few milliseconds and a distant one
 saves most of the upload; everyone else writes plain JSON.
 """
