@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## train, reward, promote and question a tiny model; about four minutes on two cores
+demo: $(READY)  ## train, reward, promote and question a tiny model; about three minutes on two cores once installed
 	@$(BIN)/python -m training.examples.demo
 
 test: $(READY)  ## all tests at everyday counts
