@@ -59,9 +59,9 @@ CURVES = [
 
 @dataclass
 class DpoConfig(Checked):
-    """The loss. A larger `beta` keeps the policy closer to the reference."""
+    """The loss."""
 
-    beta: PositiveFloat = 0.1
+    beta: PositiveFloat = 0.1  # how dearly leaving the reference is paid for
     label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0  # share of the pairs that are taken to be wrong
 
 

@@ -57,9 +57,9 @@ CURVES = [
 
 @dataclass
 class OrpoConfig(Checked):
-    """The loss: that of imitation plus `odds_ratio_weight` times that of the odds ratio."""
+    """The loss."""
 
-    odds_ratio_weight: NonNegative = 0.1
+    odds_ratio_weight: NonNegative = 0.1  # of the odds ratio, beside imitation
 
 
 @dataclass

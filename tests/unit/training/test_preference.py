@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from training.utils import CheckpointError, DataError, InfraConfig, preference
+from training.recipes import dpo_loop, orpo_loop
+from training.utils import CheckpointError, ConfigError, DataError, InfraConfig, preference, validate
 from training.utils.pairs import RenderedPair, answer_lengths, answer_logprobs, load_pairs, pair_datums, score
 from training.utils.reference_logprobs import FIRST_WEIGHTS, ask, recall, who_is_reference
 from training.utils.render import Rendered, load_tokenizer
@@ -167,3 +168,14 @@ def test_long_answers_are_cut_and_what_teaches_nothing_is_left_out(tokenizer: An
     ]
     with pytest.raises(DataError, match="no training pair fits 4 tokens"):
         load_pairs(path, tokenizer, 4, eval_fraction=0.0, seed=0, note=notes.append)
+
+
+@pytest.mark.parametrize("recipe", [dpo_loop, orpo_loop])
+def test_a_loss_that_is_a_mean_already_is_not_normalized_again(recipe: Any) -> None:
+    shape = InfraConfig(training_shape_id="accounts/local/trainingShapes/tiny-cpu")
+    config = recipe.Config(base_model="m", tokenizer_model="t", dataset="d", infra=shape)
+    assert config.grad_accumulation_normalization is None
+    validate(config)
+    config.weight_sync.weight_sync_before_training = True
+    with pytest.raises(ConfigError, match="this recipe has no deployment"):
+        validate(config)
