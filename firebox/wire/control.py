@@ -144,6 +144,7 @@ class CreateTrainerJob(Camel):
     forward_only: bool = False
     node_count: int | None = None
     trainer_replica_count: int | None = None
+    hot_load_deployment_id: str | None = None
     extra_values: dict[str, str] | None = None
 
 
@@ -162,6 +163,7 @@ class TrainerJob(Camel):
     training_shape: str
     forward_only: bool
     display_name: str | None = None
+    hot_load_deployment_id: str | None = None
     status: Status | None = None
     status_message: str | None = None
 
@@ -199,6 +201,7 @@ class CreateDeployment(Camel):
     accelerator_type: str | None = None
     enable_hot_load: bool = False
     for_training: bool = False
+    hot_load_bucket_type: str | None = None
     hot_load_trainer_job: str | None = None
     hot_load_transition_type: Transition | None = None
     extra_args: list[str] | None = None

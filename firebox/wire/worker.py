@@ -14,6 +14,9 @@ from firebox.wire.training import LoadState, LoraConfig
 
 WORKER_TOKEN_HEADER: Final = "x-firebox-worker-token"
 
+DEFAULT_MAX_BATCH: Final = 64
+"""How many sequences a sampler decodes at once, unless it is told otherwise."""
+
 SnapshotKind = Literal["base", "delta", "adapter"]
 ComputeMode = Literal["exact", "bitwise", "throughput"]
 """What a result may depend on: exact, on its own request alone; bitwise, the same and to the last bit in trainer and
@@ -86,7 +89,7 @@ class SamplerSpec(msgspec.Struct, frozen=True, kw_only=True):
     max_context_length: int
     adapter_dir: str | None = None
     transition: Literal["ASYNC", "SYNC"] = "ASYNC"
-    max_batch: int = 64
+    max_batch: int = DEFAULT_MAX_BATCH
     dtype: Literal["float32", "bfloat16"] = "float32"
     runtime: WorkerRuntime
 

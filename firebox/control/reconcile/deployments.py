@@ -19,14 +19,15 @@ import msgspec
 
 from firebox.control.reconcile.driver import Driver
 from firebox.control.reconcile.log_tail import log_tail
-from firebox.control.services import deployments, hot_load, pools
+from firebox.control.services import deployments, hot_load, pools, serving_options
 from firebox.control.services.context import Control
 from firebox.control.services.deployments import CREATING, DELETING, FAILED, LIVE, READY, UPDATING
+from firebox.control.services.serving_options import MAX_BATCH, MAX_CONTEXT
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.launch.api import Launcher, Worker, WorkerPlan
 from firebox.launch.probe import ask
 from firebox.wire.errors import FireboxError
-from firebox.wire.worker import HotloadCommand, ReplicaStatus, SamplerSpec, WorkerRuntime
+from firebox.wire.worker import DEFAULT_MAX_BATCH, HotloadCommand, ReplicaStatus, SamplerSpec, WorkerRuntime
 
 _HOTLOAD_WITHIN_S = 600.0
 _LOSSES = 3
@@ -188,6 +189,7 @@ class Deployments:
     async def _plan(self, row: DeploymentRow) -> WorkerPlan:
         shape = await deployments.shape_of(self._control, row)
         base, model_dir, adapter_dir = await deployments.served_model(self._control, row)
+        options = serving_options.parse(row.request.get("extraArgs"), row.request.get("extraValues"))
         limit = min(shape.template.max_context_length, int(base.facts["context_length"]))
 
         def spec(runtime: WorkerRuntime) -> SamplerSpec:
@@ -196,7 +198,8 @@ class Deployments:
                 base_model=base.name,
                 model_dir=str(model_dir),
                 adapter_dir=str(adapter_dir) if adapter_dir else None,
-                max_context_length=limit,
+                max_context_length=min(limit, options.get(MAX_CONTEXT, limit)),
+                max_batch=options.get(MAX_BATCH, DEFAULT_MAX_BATCH),
                 transition=row.request.get("hotLoadTransitionType") or "ASYNC",
                 dtype=shape.template.dtype,
                 runtime=runtime,

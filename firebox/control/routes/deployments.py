@@ -19,7 +19,7 @@ DeploymentName = Annotated[str, Header(alias="fireworks-deployment")]
 
 
 @router.post("")
-async def create_deployment(control: Ctx, account: Account, body: CreateDeployment, deploymentId: str) -> Json:
+async def create_deployment(control: Ctx, account: Account, body: CreateDeployment, deploymentId: str = "") -> Json:
     row = await deployments.create(control, account, body, deploymentId)
     return deployments.show(control, await deployments.settled(control, row, CREATE_HOLD_S) or row).wire()
 

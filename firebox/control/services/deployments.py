@@ -8,6 +8,7 @@ that was complete when it was asked for, and its sequence number only grows.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from firebox.control.services import models, trainer_jobs, training_shapes
+from firebox.control.services import buckets, models, serving_options, training_shapes
 from firebox.control.services.context import Control, canonical
 from firebox.control.services.training_shapes import Shape
 from firebox.control.tables.deployments import DeploymentRow
@@ -23,7 +24,7 @@ from firebox.control.tables.models import ModelRow
 from firebox.control.tables.trainer_jobs import TrainerJobRow
 from firebox.wire.control import CreateDeployment, Deployment, Status, UpdateDeployment
 from firebox.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
-from firebox.wire.names import check_id, split_resource
+from firebox.wire.names import check_id, resource, split_resource
 from firebox.wire.worker import WorkerAddress
 
 CREATING: Final = "CREATING"
@@ -39,15 +40,17 @@ MAX_REPLICAS: Final = 8
 async def create(
     control: Control, account: str, request: CreateDeployment, ident: str, *, pooled: bool = False
 ) -> DeploymentRow:
-    """Add a deployment in CREATING; raises InvalidArgument, NotFound or AlreadyExists."""
-    check_id("deploymentId", ident)
-    for field, value in (("extraArgs", request.extra_args), ("extraValues", request.extra_values)):
-        if value:
-            raise InvalidArgument(f"{field}: {value!r} is not supported by this server; leave it out")
+    """Add a deployment in CREATING, under an id of ours when `ident` is empty.
+
+    Raises InvalidArgument, NotFound, AlreadyExists, or FailedPrecondition for a job that cannot feed it.
+    """
+    ident = check_id("deploymentId", ident or f"deployment-{uuid.uuid4().hex[:8]}")
+    serving_options.parse(request.extra_args, request.extra_values)
     request.base_model = canonical(account, request.base_model, "models", field="baseModel")
     model = await models.get(control, account, request.base_model.rpartition("/")[2])
     if request.hot_load_trainer_job:
-        request.hot_load_trainer_job = await _known_job(control, account, request.hot_load_trainer_job)
+        request.hot_load_trainer_job = _job_name(account, request.hot_load_trainer_job)
+    await buckets.check_deployment(control, account, resource(account, DeploymentRow.collection, ident), request.wire())
     _check_replicas(request.min_replica_count, request.max_replica_count)
     shape = await _choose(control, account, request, model)
     request.deployment_shape = request.deployment_shape or shape.version_name
@@ -102,9 +105,10 @@ async def update(
 ) -> DeploymentRow:
     """Change the fields in `mask` (snake_case, comma-separated), or without one those that the body sets."""
     changes = _masked(request, mask)
+    row = await get(control, account, ident)
     if changes.get("hotLoadTrainerJob"):
-        changes["hotLoadTrainerJob"] = await _known_job(control, account, changes["hotLoadTrainerJob"])
-    await get(control, account, ident)
+        changes["hotLoadTrainerJob"] = _job_name(account, changes["hotLoadTrainerJob"])
+        await buckets.check_deployment(control, account, row.name, row.request | changes)
 
     def work(session: Session) -> DeploymentRow:
         row = session.get_one(DeploymentRow, (account, ident))
@@ -244,10 +248,8 @@ def show(control: Control, row: DeploymentRow) -> Deployment:
     )
 
 
-async def _known_job(control: Control, account: str, name: str) -> str:
-    name = canonical(account, name, TrainerJobRow.collection, field="hotLoadTrainerJob")
-    await trainer_jobs.by_name(control, name)
-    return name
+def _job_name(account: str, name: str) -> str:
+    return canonical(account, name, TrainerJobRow.collection, field="hotLoadTrainerJob")
 
 
 async def _choose(control: Control, account: str, request: CreateDeployment, model: ModelRow) -> Shape:

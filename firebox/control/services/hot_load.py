@@ -6,6 +6,7 @@ Invariant: the status is what the replicas themselves answer; the wanted snapsho
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,12 +14,13 @@ import httpx
 import msgspec
 from sqlalchemy.orm import Session
 
-from firebox.control.services import checkpoints, deployments
+from firebox.control.services import buckets, checkpoints, deployments
 from firebox.control.services.context import Control, own
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.weights import manifest as manifests
+from firebox.weights.manifest import SnapshotManifest
 from firebox.wire.control import HotLoad
-from firebox.wire.errors import FailedPrecondition, InvalidArgument
+from firebox.wire.errors import FailedPrecondition, InvalidArgument, NotFound
 from firebox.wire.worker import HotloadCommand, ReplicaStatus, WorkerAddress
 
 _NOT_STARTED: Final = ReplicaStatus(current_snapshot_identity=None, stage="fetching")
@@ -37,8 +39,8 @@ async def request(control: Control, account: str, row: DeploymentRow, body: HotL
 
     Raises NotFound for an unknown snapshot and FailedPrecondition for one this deployment cannot serve.
     """
-    job = _attached_job(row)
-    path, manifest = await checkpoints.snapshot(control, account, job, body.identity)
+    _check_ready(row)
+    path, manifest = await _find(control, row, body.identity)
     base, _, _ = await deployments.served_model(control, row)
     if manifest.base_model != base.name:
         raise FailedPrecondition(
@@ -112,17 +114,27 @@ def commands(row: DeploymentRow, current: str | None, *, fresh: bool) -> list[Ho
     return chain[::-1]
 
 
-def _attached_job(row: DeploymentRow) -> str:
+def _check_ready(row: DeploymentRow) -> None:
     if row.state not in (deployments.READY, deployments.UPDATING):
         raise FailedPrecondition(f"deployment {row.id!r} is in state {row.state}; wait until it is READY")
     if deployments.num_replicas(row.request) == 0:
         raise FailedPrecondition(f"deployment {row.id!r} is scaled to zero; give it a replica first")
     if not row.request.get("enableHotLoad"):
         raise FailedPrecondition(f"deployment {row.id!r} was created without enableHotLoad; create another one with it")
-    job = row.request.get("hotLoadTrainerJob")
-    if not job:
-        raise FailedPrecondition(f"deployment {row.id!r} has no hotLoadTrainerJob; attach one with PATCH")
-    return str(job).rpartition("/")[2]
+
+
+async def _find(control: Control, row: DeploymentRow, identity: str) -> tuple[Path, SnapshotManifest]:
+    """The snapshot in the deployment's bucket, which several jobs may share; raises NotFound naming what is there."""
+    jobs = await buckets.jobs(control, row)
+    if not jobs:
+        raise FailedPrecondition(
+            f"deployment {row.id!r} has no bucket to load from; PATCH its hotLoadTrainerJob, or create a "
+            "job with hotLoadDeploymentId"
+        )
+    for job in jobs[:-1]:
+        with contextlib.suppress(NotFound):
+            return await checkpoints.snapshot(control, row.account, job, identity)
+    return await checkpoints.snapshot(control, row.account, jobs[-1], identity)
 
 
 async def _ask(control: Control, address: WorkerAddress) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Final
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from firebox.control.services import models, training_shapes
+from firebox.control.services import buckets, models, training_shapes
 from firebox.control.services.context import Control, canonical
 from firebox.control.services.training_shapes import Shape
 from firebox.control.tables.trainer_jobs import TrainerJobRow
@@ -55,6 +55,9 @@ async def create(
         )
     config.base_model = canonical(account, config.base_model, "models", field="trainingConfig.baseModel")
     await models.get(control, account, config.base_model.rpartition("/")[2])
+    if request.hot_load_deployment_id:
+        request.hot_load_deployment_id = buckets.deployment_name(account, request.hot_load_deployment_id)
+    await buckets.check_job(control, account, ident, request.wire())
     chosen = await _choose(control, account, request, shape)
     if config.max_context_length and config.max_context_length > chosen.context_length:
         raise InvalidArgument(
@@ -190,6 +193,7 @@ def show(row: TrainerJobRow) -> TrainerJob:
         training_shape=row.training_shape,
         forward_only=request.get("forwardOnly", False),
         display_name=request.get("displayName"),
+        hot_load_deployment_id=request.get("hotLoadDeploymentId"),
         status=status,
         status_message=row.status_message or None,
     )

@@ -76,8 +76,10 @@ class Server:
         staged = stage(source, self.data / "staging")
         return self.own("POST", "models", json={"modelId": name, "stagedDir": staged})
 
-    def create_job(self, ident: str, shape: str = "tiny-cpu", **config: Any) -> httpx.Response:
-        body = {"trainingConfig": {"baseModel": "accounts/local/models/tiny", **config}}
+    def create_job(
+        self, ident: str, shape: str = "tiny-cpu", fields: dict[str, Any] | None = None, **config: Any
+    ) -> httpx.Response:
+        body = {"trainingConfig": {"baseModel": "accounts/local/models/tiny", **config}, **(fields or {})}
         params = {"rlorTrainerJobId": ident}
         if shape:
             params["trainingShape"] = f"accounts/local/trainingShapes/{shape}"

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from control_harness import Server  # type: ignore[import-not-found]
 
 from firebox.weights.manifest import SnapshotManifest, committed_dir, seal
+from firebox.wire.worker import SamplerSpec
 
 
 def save(server: Server, job: str, identity: str, **fields: Any) -> None:
@@ -183,7 +185,12 @@ def test_replica_that_ends_again_and_again_fails_the_deployment(server: Server) 
         ({"hotLoadTrainerJob": "accounts/local/rlorTrainerJobs/unknown"}, 404, "unknown"),
         ({"maxReplicaCount": 1000}, 400, "maxReplicaCount"),
         ({"hotLoadTransitionType": "SOMEHOW"}, 400, "hotLoadTransitionType"),
-        ({"extraArgs": ["--fast"]}, 400, "extraArgs"),
+        ({"extraArgs": ["--fast"]}, 400, "max-batch-size"),
+        ({"extraArgs": ["--max-batch-size=0"]}, 400, "from 1"),
+        ({"extraArgs": ["--max-batch-size", "4"], "extraValues": {"max-batch-size": "4"}}, 400, "twice"),
+        ({"extraArgs": ["4"]}, 400, "--name=value"),
+        ({"extraValues": {"colour": "red"}}, 400, "colour"),
+        ({"hotLoadBucketType": "FLOPPY"}, 400, "FW_HOSTED"),
     ],
 )
 def test_wrong_deployment_names_the_fix(server: Server, fields: dict[str, Any], code: int, words: str) -> None:
@@ -210,3 +217,84 @@ def test_field_that_is_taken_away_goes_back_to_its_default(
     assert (changed["minReplicaCount"], changed["maxReplicaCount"]) == (0, 1)
     assert changed["description"] == ("mine" if mask is None else "")
     assert server.own("DELETE", "deployments/cleared").status_code == 200
+
+
+def test_id_is_made_when_none_is_given(server: Server) -> None:
+    made = server.own("POST", "deployments", json={"baseModel": "accounts/local/models/tiny"}).json()
+    assert made["state"] == "READY"
+    server.own("DELETE", f"deployments/{made['name'].rpartition('/')[2]}")
+
+
+def test_options_reach_the_sampler(server: Server) -> None:
+    fields = {"extraArgs": ["--max-batch-size", "4"], "extraValues": {"max-context-length": "100"}}
+    server.create_deployment("tuned", **fields)
+    (spec,) = [p for p in (server.data / "run").glob("s-*.json") if "deployments/tuned" in p.read_text()]
+    sampler = msgspec.json.decode(spec.read_bytes(), type=SamplerSpec)
+    assert (sampler.max_batch, sampler.max_context_length) == (4, 100)
+    server.own("DELETE", "deployments/tuned")
+
+
+def test_jobs_publish_to_the_bucket_of_a_deployment(server: Server) -> None:
+    """PER_DEPLOYMENT: the deployment comes first, and each job that names it adds to what it can load."""
+    server.create_deployment("shared", hotLoadBucketType="FW_HOSTED")
+    refused = hot_load(server, "shared", "first")
+    assert refused.status_code == 400
+    assert "hotLoadDeploymentId" in refused.json()["error"]["message"]
+    for job, target in (("pub-1", "shared"), ("pub-2", "accounts/local/deployments/shared")):
+        made = server.create_job(job, fields={"hotLoadDeploymentId": target}).json()
+        assert made["hotLoadDeploymentId"] == "accounts/local/deployments/shared"
+    save(server, "pub-1", "first")
+    save(server, "pub-2", "second")
+    for identity in ("second", "first"):
+        assert hot_load(server, "shared", identity).status_code == 200
+        assert loaded(server, "shared") == [identity]
+    unknown = hot_load(server, "shared", "third")
+    assert unknown.status_code == 404
+    for name in ("deployments/shared", "rlorTrainerJobs/pub-1", "rlorTrainerJobs/pub-2"):
+        server.own("DELETE", name)
+
+
+def test_bucket_scopes_do_not_mix(server: Server, job: str, model_files: Path) -> None:
+    """Whoever mixes them is told both names and what to do instead."""
+
+    def refused(answer: httpx.Response, *words: str) -> None:
+        assert answer.status_code == 400, answer.text
+        message = answer.json()["error"]["message"]
+        assert not [word for word in words if word not in message], message
+
+    server.create_deployment("own-bucket")
+    server.create_job("publisher", fields={"hotLoadDeploymentId": "own-bucket"})
+    server.create_deployment("of-trainer", hotLoadTrainerJob=job)
+    publisher = "accounts/local/rlorTrainerJobs/publisher"
+    answer = server.create_deployment("reader", hotLoadTrainerJob=publisher)
+    refused(answer, publisher, "deployments/reader", "deployments/own-bucket", "without hotLoadDeploymentId")
+    answer = server.create_job("writer", fields={"hotLoadDeploymentId": "of-trainer"})
+    refused(answer, "rlorTrainerJobs/writer", "deployments/of-trainer", job, "PATCH")
+    answer = server.own("PATCH", "deployments/own-bucket", json={"hotLoadTrainerJob": job})
+    refused(answer, "deployments/own-bucket", publisher, job, "another deployment")
+    server.add_model("other", model_files)
+    answer = server.create_deployment("stranger", baseModel="accounts/local/models/other", hotLoadTrainerJob=job)
+    refused(answer, job, "models/tiny", "models/other")
+    assert server.create_job("nowhere", fields={"hotLoadDeploymentId": "missing"}).status_code == 404
+    for name in ("deployments/own-bucket", "deployments/of-trainer", "rlorTrainerJobs/publisher", "models/other"):
+        server.own("DELETE", name)
+
+
+def test_deployment_goes_over_to_another_trainer(server: Server, job: str) -> None:
+    server.create_deployment("moving", hotLoadTrainerJob=job)
+    hot_load(server, "moving", "a-base")
+    server.create_job("successor")
+    save(server, "successor", "e-base")
+    patched = server.own(
+        "PATCH",
+        "deployments/moving",
+        params={"updateMask": "hot_load_trainer_job"},
+        json={"hotLoadTrainerJob": "accounts/local/rlorTrainerJobs/successor"},
+    ).json()
+    assert (patched["state"], patched["hotLoadTrainerJob"]) == ("READY", "accounts/local/rlorTrainerJobs/successor")
+    assert loaded(server, "moving") == ["a-base"]
+    assert hot_load(server, "moving", "b-delta").status_code == 404
+    assert hot_load(server, "moving", "e-base").status_code == 200
+    assert loaded(server, "moving") == ["e-base"]
+    for name in ("deployments/moving", "rlorTrainerJobs/successor"):
+        server.own("DELETE", name)

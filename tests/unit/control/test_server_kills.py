@@ -122,17 +122,19 @@ class Client:
 
 def lost(server: ForkedServer, clients: list[Client]) -> list[str]:
     """What was acknowledged and is not so; what was never answered is looked up, and counts from now on."""
-    names: dict[str, set[str]] = {}
+    states: dict[str, dict[str, str]] = {}
     for collection in ("rlorTrainerJobs", "deployments", "models"):
         listed = server.own("GET", collection).json()[collection]
-        names[collection] = {row["name"].rpartition("/")[2] for row in listed}
+        states[collection] = {row["name"].rpartition("/")[2]: row["state"] for row in listed}
     wrong = []
     for known in (known for client in clients for known in client.known):
-        there = known.ident in names[known.collection]
+        state = states[known.collection].get(known.ident)
+        there = state is not None
         if known.certain and known.there != there:
             wrong.append(f"{known.collection}/{known.ident}: {'lost' if known.there else 'is back'}")
-        # A promotion that was not answered goes on in the next server, and may still be under way.
-        known.there, known.certain = there, there or known.certain or known.collection != "models"
+        # A promotion or a deletion that was not answered goes on in the next server, and may still be under way.
+        under_way = known.collection == "models" if state is None else state.endswith("DELETING")
+        known.there, known.certain = there, known.certain or not under_way
         if known.there and known.collection == "deployments":
             wrong += wrongly_loaded(server, known)
     return wrong
