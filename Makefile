@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM := false
 
 STRICT := firebox/wire firebox/control firebox/gateway training
 
-.PHONY: demo test check prove up bench endpoints compat mutations clean help
+.PHONY: demo test check prove up bench endpoints compat docs mutations clean help
 
 help:  ## show the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -51,6 +51,9 @@ endpoints: $(READY)  ## every endpoint through both SDKs, plain and over a bad n
 
 compat: $(READY)  ## genuine clients of several generations; writes docs/reference/compat.md
 	$(BIN)/python tests/compat
+
+docs: $(READY)  ## write the reference pages that are made from the code
+	$(BIN)/python docs/generate.py
 
 mutations: $(READY)  ## plant twelve bugs in a copy of the sources; the tests must see each
 	$(BIN)/python tests/mutations/plant_bugs.py

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from running import MODEL, RunningServer
 
-from training.recipes import sft_loop
+from training.recipes import rl_loop, sft_loop
 from training.utils import (
     CheckpointError,
     CheckpointLog,
+    DeployConfig,
     InfraConfig,
     ReconnectableClient,
     ReconnectedError,
+    RolloutConfig,
     RunConfig,
     WeightSyncConfig,
     Workspace,
@@ -72,16 +74,16 @@ def losses(folder: Path) -> list[float]:
     return [row["train/loss"] for row in rows]
 
 
-def jobs(server: RunningServer) -> list[str]:
+def running_jobs(server: RunningServer) -> list[str]:
     return [job["name"] for job in server.ask("GET", "/v1/accounts/local/rlorTrainerJobs").json()["rlorTrainerJobs"]]
 
 
 def test_a_dry_run_shows_everything_and_creates_nothing(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = jobs(server)
+    before = running_jobs(server)
     shown = sft_loop.main(config(server, tmp_path, run=RunConfig(dry_run=True)))
-    assert jobs(server) == before
+    assert running_jobs(server) == before
     assert not (tmp_path / "run").exists()
     sources = {name: setting["source"] for name, setting in shown["settings"].items()}
     assert sources["batch_size"] == "set"
@@ -180,3 +182,59 @@ def test_a_client_that_reconnects_never_goes_on_with_base_weights(server: Runnin
             client.forward([build_datum([1, 2])], "no_such_loss")
         assert not isinstance(refused.value, ReconnectedError), "a refusal is not a loss of the trainer"
         client.close()
+
+
+def rl_config(server: RunningServer, folder: Path, **changes: Any) -> rl_loop.Config:
+    """Two steps of four answers each."""
+    rows = folder / "prompts.jsonl"
+    rows.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    settings: dict[str, Any] = {
+        "base_model": MODEL,
+        "dataset": str(rows),
+        "reward": length,
+        "log_path": str(folder / "rl"),
+        "max_steps": 2,
+        "rollout": RolloutConfig(prompts_per_step=2, group_size=2, max_tokens=4),
+        "infra": InfraConfig(training_shape_id=SHAPE),
+        "deployment": DeployConfig(tokenizer_model=str(server.data / "models" / "local" / "tiny")),
+    }
+    return rl_loop.Config(**settings | changes)
+
+
+def length(completion: str, row: dict[str, Any]) -> float:
+    return float(len(completion))
+
+
+def test_rl_without_reference_and_without_sync(
+    server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+    off = WeightSyncConfig(weight_sync_interval=0)
+    config = rl_config(server, tmp_path, weight_sync=off)
+    result = rl_loop.main(config, lambda row: seen.extend(running_jobs(server)))
+    assert len(set(seen)) == 1, "no reference trainer"
+    assert capsys.readouterr().err.count("the KL term is off") == 1
+    assert "train/kl" not in result["metrics"]
+    assert "time/weight_sync_s" not in result["metrics"]
+    assert result["deployment_id"].startswith("tiny-")
+    with Workspace() as workspace:
+        assert workspace.states(result["job_id"]) == [], "neither a state nor a snapshot was saved"
+        assert workspace.deployments.get(result["deployment_id"]) is None
+
+
+def test_rl_with_reference_and_first_sync(server: RunningServer, tmp_path: Path) -> None:
+    seen: list[str] = []
+    config = rl_config(
+        server,
+        tmp_path,
+        max_steps=1,
+        infra=InfraConfig(training_shape_id=SHAPE, ref_training_shape_id=FORWARD_SHAPE),
+        weight_sync=WeightSyncConfig(weight_sync_before_training=True),
+    )
+    result = rl_loop.main(config, lambda row: seen.extend(running_jobs(server)))
+    assert len(set(seen)) == 2
+    assert result["metrics"]["train/kl"] >= 0
+    with Workspace() as workspace:
+        kinds = {row["name"].rpartition("/")[2].rpartition("-")[0]: row["checkpointType"]
+                 for row in workspace.trainers.list_checkpoints(result["job_id"])}  # fmt: skip
+    assert kinds == {"start-0": "CHECKPOINT_TYPE_INFERENCE_BASE", "step-1": "CHECKPOINT_TYPE_INFERENCE_ARC_V2"}

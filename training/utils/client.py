@@ -85,6 +85,7 @@ class ReconnectableClient:
 
     @property
     def job_id(self) -> str:
+        """The trainer job's id."""
         return self._job_id
 
     def forward(self, data: Sequence[Any], loss_fn: str = "cross_entropy") -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+CORRELATED_SPREAD = 0.1  # nats; rounding alone uncorrelates what varies less
 
 
 def mean_weights(weights: Sequence[float], total: float) -> list[float]:
@@ -66,10 +67,17 @@ def kl_shaped(advantages_T: Array | float, logprobs_T: Array, ref_logprobs_T: Ar
 
 
 def mismatch(sampler_T: Array, trainer_T: Array) -> dict[str, float]:
-    """How far the log-probs of the sampler and the trainer are apart on the same tokens [T]; all zero is perfect."""
+    """How far the log-probs of the sampler and the trainer are apart on the same tokens [T].
+
+    Perfect are 0, 0, 0, 1 and a correlation of 1, which is left out where log-probs hardly vary and it means nothing.
+    """
     difference = trainer_T - sampler_T
-    return {
+    metrics = {
         "mismatch/abs_mean": float(np.abs(difference).mean()),
         "mismatch/abs_max": float(np.abs(difference).max()),
         "mismatch/k3": float(k3(sampler_T, trainer_T).mean()),
+        "mismatch/exp_abs_mean": float(np.exp(np.abs(difference)).mean()),
     }
+    if min(sampler_T.std(), trainer_T.std()) > CORRELATED_SPREAD:
+        metrics["mismatch/pearson"] = float(np.corrcoef(sampler_T, trainer_T)[0, 1])
+    return metrics

@@ -7,11 +7,13 @@ import typing
 
 import pytest
 
-from training.recipes import rl_loop, sft_loop
+from training.recipes import dpo_loop, orpo_loop, rl_loop, sft_loop
 from training.utils import (
     ConfigError,
     DeployConfig,
     InfraConfig,
+    OptimConfig,
+    RunConfig,
     TrainerConfig,
     WandBConfig,
     WeightSyncConfig,
@@ -115,10 +117,18 @@ def test_validate_refuses_what_contradicts(config: typing.Any, message: str) -> 
 
 
 def test_recipes_keep_the_published_normalization() -> None:
-    sft = sft_loop.Config(base_model="m", tokenizer_model="t", dataset="d")
-    rl = rl_loop.Config(base_model="m", dataset="d", reward="a:b")
-    assert sft.grad_accumulation_normalization is None
-    assert rl.grad_accumulation_normalization == "num_loss_tokens"
+    for recipe, published in ((sft_loop, None), (rl_loop, "num_loss_tokens"), (dpo_loop, None), (orpo_loop, None)):
+        (field,) = [f for f in dataclasses.fields(recipe.Config) if f.name == "grad_accumulation_normalization"]
+        assert field.default == published
+
+
+@pytest.mark.parametrize("recipe", [sft_loop, dpo_loop, orpo_loop, rl_loop])
+def test_every_recipe_can_be_scheduled_seeded_evaluated_and_resumed(recipe: typing.Any) -> None:
+    hints = typing.get_type_hints(recipe.Config)
+    shared = {"optim": OptimConfig, "infra": InfraConfig, "weight_sync": WeightSyncConfig, "wandb": WandBConfig}
+    assert {name: hints[name] for name in shared} == shared
+    assert hints["run"] is RunConfig
+    assert {"seed", "eval_every", "log_path", "output_model_id", "lora_rank"} <= hints.keys()
 
 
 def test_rl_refuses_a_missing_tokenizer_before_anything_is_created() -> None:

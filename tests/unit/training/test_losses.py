@@ -49,7 +49,15 @@ def test_the_unigram_baseline_counts_with_one_added_to_every_token() -> None:
 
 def test_mismatch_is_zero_only_for_equal_log_probs() -> None:
     same = losses.mismatch(np.array([-1.0, -2.0]), np.array([-1.0, -2.0]))
-    assert set(same.values()) == {0.0}
+    assert same == {
+        "mismatch/abs_mean": 0.0,
+        "mismatch/abs_max": 0.0,
+        "mismatch/k3": 0.0,
+        "mismatch/exp_abs_mean": 1.0,
+        "mismatch/pearson": pytest.approx(1.0),
+    }
     apart = losses.mismatch(np.array([-1.0, -2.0]), np.array([-1.5, -2.0]))
     assert (apart["mismatch/abs_mean"], apart["mismatch/abs_max"]) == (0.25, 0.5)
+    assert apart["mismatch/exp_abs_mean"] == (math.exp(0.5) + 1) / 2
     assert apart["mismatch/k3"] > 0
+    assert "mismatch/pearson" not in losses.mismatch(np.array([-1.0, -1.0001]), np.array([-1.0001, -1.0]))

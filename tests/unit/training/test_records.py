@@ -22,7 +22,6 @@ from training.utils import (
 from training.utils.bands import judge
 from training.utils.checkpoints import fixed
 from training.utils.metrics import Curves, RunLog, Timer
-from training.utils.provision import derive_deployment_id
 
 
 def config(folder: Path, **changes: Any) -> sft_loop.Config:
@@ -300,10 +299,3 @@ def test_timers_add_up() -> None:
         pass
     assert list(timer.seconds) == ["time/rollout_s", "time/optim_s"]
     assert timer.total == sum(timer.seconds.values()) > 0
-
-
-def test_deployment_ids_are_valid_and_named_after_the_model() -> None:
-    first, second = (derive_deployment_id("accounts/local/models/Qwen3.5-8B") for _ in range(2))
-    assert first.startswith("qwen3-5-8b-")
-    assert first != second
-    assert len(derive_deployment_id("accounts/a/models/" + "x" * 80)) <= 63
