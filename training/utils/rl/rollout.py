@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,7 +89,14 @@ class Rollouts:
     async def _groups(self, jobs: Sequence[tuple[Prompt, int]], group_size: int, temperature: float) -> Sampled:
         rollouts = await asyncio.gather(*[self._rollout(prompt, temperature, seed) for prompt, seed in jobs])
         groups = [list(rollouts[start : start + group_size]) for start in range(0, len(rollouts), group_size)]
-        return Sampled(groups, _queueing(self._sampler.concurrency_controller.step_completed()))
+        return Sampled(groups, self._queueing())
+
+    def _queueing(self) -> dict[str, float]:
+        """The server's queue since rollouts came back last, and how many requests at once that allows, as metrics."""
+        controller, metrics = self._sampler.concurrency_controller, self._sampler.drain_metrics()
+        controller.step_completed()
+        waits = [one.prefill_queue_duration for one in metrics if one.prefill_queue_duration is not None]
+        return {"rollout/window": float(controller.window_size)} | ({"rollout/queue_s": fmean(waits)} if waits else {})
 
     async def _rollout(self, prompt: Prompt, temperature: float, seed: int) -> Rollout:
         trajectory = await self._trajectory(prompt, temperature, seed)
@@ -192,9 +200,3 @@ def reply_tokens(tokenizer: Any, replies: Sequence[Message], row: Row) -> list[i
     if before != after[: len(before)] or stop not in after[len(before) :]:
         raise DataError(f"{row.origin}: the chat template changes a turn once others follow; multi-turn needs another")
     return after[after.index(stop, len(before)) + 1 :]
-
-
-def _queueing(summary: dict[str, float]) -> dict[str, float]:
-    """The controller's account of a step, as metrics: requests allowed at once, and the server's queue in seconds."""
-    known = {"window": "rollout/window", "avg_pq": "rollout/queue_s"}
-    return {name: summary[key] for key, name in known.items() if key in summary}
