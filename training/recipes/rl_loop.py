@@ -6,6 +6,7 @@ r"""Reinforcement learning with a verifiable reward: policy gradients on groups 
 
 Each step samples `group_size` answers to `prompts_per_step` prompts from a deployment, scores them, takes one policy-
 gradient step and hot-loads the new weights into the deployment. The server divides the summed loss by its tokens.
+With `--rollout.max-head-offpolicy-versions` above 0, rollouts of the next steps are sampled while the trainer works.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from training.utils.rl.rewards import Task
 from training.utils.rl.rollout import Rollouts, Sampled
 from training.utils.rl.trajectory import Prompt, Rollout, describe, flatten, save_rollouts
 from training.utils.schedule import adam_params
+from training.utils.steps import Plan, Step
 
 if TYPE_CHECKING:
     from fireworks.training.sdk import WeightSyncer
@@ -149,11 +151,12 @@ class Run:
         config, interval = self.config, self.config.weight_sync.weight_sync_interval
         if start == 0 and self.evaluates(0):
             on_step(self.log.log(0, self.evaluate()))
-        for step, future in enumerate(self.sampled_ahead(start, consumed), start + 1):
-            timer = Timer()
+        size, num_prompts = config.rollout.prompts_per_step, len(self.prompts.train)
+        plan = Plan(num_prompts, size, 1, config.max_steps, config.seed, start, consumed)
+        for planned, future in self.sampled_ahead(plan):
+            step, consumed, timer = planned.number, planned.consumed, Timer()
             with timer("rollout"):
                 groups, metrics = future.result()
-            consumed += config.rollout.prompts_per_step
             rewards = [[rollout.reward for rollout in group] for group in groups]
             advantages = [losses.group_advantages(group, config.policy.advantages) for group in rewards]
             save_rollouts(self.log.folder / "rollouts", step, groups, advantages)
@@ -172,17 +175,17 @@ class Run:
                 self.saver.save(step, consumed)
         return consumed
 
-    def sampled_ahead(self, start: int, consumed: int) -> Iterator[Future[Sampled]]:
-        """The rollouts of every step, begun with weights that are as old as the settings allow, at most."""
-        config, train, size = self.config, self.prompts.train, self.config.rollout.prompts_per_step
-        begun: deque[Future[Sampled]] = deque()
-        for step in range(start + 1, config.max_steps + 1):
-            last = min(step + config.rollout.max_head_offpolicy_versions, config.max_steps)
-            for ahead in range(step + len(begun), last + 1):
-                position = consumed + (ahead - start - 1) * size
-                indices = data.batch_at(len(train), position, size, config.seed)
-                begun.append(self.rollouts.begin([train[i] for i in indices], ahead))
-            yield begun.popleft()
+    def sampled_ahead(self, plan: Plan) -> Iterator[tuple[Step, Future[Sampled]]]:
+        """Every step with its rollouts, which were begun with weights that are as old as the settings allow, at most.
+
+        The next ones are begun when the loop comes back, behind the hot-load of the step that was handed out before.
+        """
+        begun: deque[tuple[Step, Future[Sampled]]] = deque()
+        for step in plan.steps():
+            begun.append((step, self.rollouts.begin([self.prompts.train[i] for i in step.rows], step.number)))
+            if len(begun) > self.config.rollout.max_head_offpolicy_versions:
+                yield begun.popleft()
+        yield from begun
 
     def train_step(
         self, step: int, groups: Sequence[Sequence[Rollout]], advantages: Sequence[losses.Array], timer: Timer
