@@ -95,7 +95,7 @@ async def _serve(
 
     app = build_app(
         control.app,
-        LookUps(partial(trainer_jobs.address, context), partial(deployments.address, context)),
+        LookUps(partial(trainer_jobs.address, context), partial(deployments.replicas, context)),
         _root_calls(context),
         partial(api_keys.use, context),
         context.downloads.account_of,

@@ -1,13 +1,14 @@
 """From a request to the worker that serves it, streaming both ways.
 
 Owns the connections to workers; asks look-up functions where a job or a deployment lives and reads nothing of a body
-but the `model` field of a completion. Invariant: a body is passed on as it came, and a worker that is gone becomes an
-error the client can act on.
+but the model of a completion and how its prompt begins. Invariant: a body is passed on as it came, and a worker that
+is gone becomes an error the client can act on.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +16,9 @@ import httpx
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from firebox.gateway.balance import Balance
 from firebox.gateway.observe import REQUEST_ID
 from firebox.wire.errors import FireboxError, InvalidArgument, NotFound, PermissionDenied, Unavailable
 from firebox.wire.worker import WORKER_TOKEN_HEADER, WorkerAddress
@@ -25,23 +28,32 @@ LookUp = Callable[[str, str], Awaitable[WorkerAddress]]
 _CONNECT_S: Final = 5.0
 _READ_S: Final = 3600.0  # longer than any wait a worker imposes on itself; long polls alone take 30 s
 _MAX_WORKERS: Final = 64
+_PREFIX_BYTES: Final = 256
+"""How much of a prompt, as JSON, two requests must share to be sent to the same replica."""
 _HOP_BY_HOP: Final = {"connection", "keep-alive", "proxy-authenticate", "te", "trailer", "transfer-encoding", "upgrade"}
 _NOT_UPSTREAM: Final = _HOP_BY_HOP | {"host", "x-api-key", "authorization", WORKER_TOKEN_HEADER}
 _NOT_DOWNSTREAM: Final = _HOP_BY_HOP | {REQUEST_ID, "server", "date"}
 
 
 class _Addressed(msgspec.Struct):
-    """The one field of a completion request that the gateway reads."""
+    """What the gateway reads of a completion request; the prompt stays the JSON that it is."""
 
     model: str
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    messages: msgspec.Raw = msgspec.Raw(b"")
+
+    @property
+    def prefix(self) -> bytes:
+        return bytes(memoryview(self.prompt or self.messages)[:_PREFIX_BYTES])
 
 
 @dataclass(frozen=True)
 class LookUps:
-    """Where a resource is served: (account, job id) and (account, deployment name) to an address, or an error."""
+    """Where a resource is served: (account, job id) to an address, (account, deployment name) to those of its replicas,
+    at least one; or an error."""
 
     trainer: LookUp
-    sampler: LookUp
+    sampler: Callable[[str, str], Awaitable[Sequence[WorkerAddress]]]
 
 
 class Proxy:
@@ -49,6 +61,7 @@ class Proxy:
 
     def __init__(self, look_ups: LookUps) -> None:
         self._look_ups = look_ups
+        self._balance = Balance()
         self._clients: dict[WorkerAddress, httpx.AsyncClient] = {}
 
     async def trainer(self, request: Request) -> Response:
@@ -71,12 +84,16 @@ class Proxy:
     async def sampler(self, request: Request) -> Response:
         body = await request.body()
         try:
-            name = msgspec.json.decode(body, type=_Addressed).model
+            addressed = msgspec.json.decode(body, type=_Addressed)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidArgument(f"model: the body must be a JSON object with a model name ({error})") from error
-        address = await self._look_ups.sampler(request.scope["account"], name)
+        replicas = await self._look_ups.sampler(request.scope["account"], addressed.model)
         path = request.url.path.removeprefix("/inference")
-        return await self._forward(request, address, path, body)
+        *others, last = self._balance.order(replicas, addressed.prefix)
+        for replica in others:
+            with contextlib.suppress(Unavailable):  # nothing was answered, so another one may be asked
+                return await self._sampled(request, replica, path, body)
+        return await self._sampled(request, last, path, body)
 
     async def send(
         self, request: Request, address: WorkerAddress, path: str, content: bytes | AsyncIterator[bytes]
@@ -109,6 +126,12 @@ class Proxy:
     ) -> Response:
         return relayed(await self.send(request, address, path, content))
 
+    async def _sampled(self, request: Request, replica: WorkerAddress, path: str, body: bytes) -> Response:
+        """The replica's answer, which keeps it busy until the last byte is out or the client has left."""
+        with contextlib.ExitStack() as busy:
+            busy.enter_context(self._balance.busy(replica))
+            return relayed(await self.send(request, replica, path, body), over=busy.pop_all().close)
+
     async def _client(self, address: WorkerAddress) -> httpx.AsyncClient:
         client = self._clients.get(address)
         if client is None:
@@ -126,20 +149,28 @@ class Proxy:
         return client
 
 
-def relayed(answer: httpx.Response, content: bytes | None = None) -> Response:
-    """A worker's answer as ours: streamed, or with `content` where that was read already."""
+def relayed(answer: httpx.Response, content: bytes | None = None, over: Callable[[], None] = lambda: None) -> Response:
+    """A worker's answer as ours: streamed, with a call of `over` at its end, or with `content` where that was read."""
     headers = {k: v for k, v in answer.headers.items() if k not in _NOT_DOWNSTREAM}
     if content is None:
-        return StreamingResponse(_relay(answer), status_code=answer.status_code, headers=headers)
+        return _Relayed(answer, headers, over)
     return Response(content, status_code=answer.status_code, headers=headers)
 
 
-async def _relay(answer: httpx.Response) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in answer.aiter_raw():
-            yield chunk
-    finally:
-        await answer.aclose()
+class _Relayed(StreamingResponse):
+    """Closes the worker's answer also when the client leaves before the first byte."""
+
+    def __init__(self, answer: httpx.Response, headers: dict[str, str], over: Callable[[], None]) -> None:
+        super().__init__(answer.aiter_raw(), status_code=answer.status_code, headers=headers)
+        self._answer = answer
+        self._over = over
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._over()
+            await self._answer.aclose()
 
 
 def _without_worker(path: str, error: FireboxError) -> Response:

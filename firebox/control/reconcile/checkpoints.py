@@ -16,6 +16,7 @@ import msgspec
 from firebox.control.reconcile.driver import Driver
 from firebox.control.services import checkpoints, models, operations
 from firebox.control.services.context import Control
+from firebox.control.tables.models import ModelRow
 from firebox.control.tables.operations import OperationRow
 from firebox.launch.child import run_child
 from firebox.wire.errors import FailedPrecondition, Internal
@@ -36,8 +37,11 @@ class Promotions:
 
     async def _step(self, name: str) -> None:
         row = await operations.by_name(self._control, name)
-        if row.state != operations.PENDING:
-            return
+        if row.state == operations.PENDING:
+            model = await checkpoints.placed(self._control, row) or await self._export(row)
+            await operations.finish(self._control, row, models.show(model).wire())
+
+    async def _export(self, row: OperationRow) -> ModelRow:
         request, layout = row.request, self._control.layout
         snapshot, _ = await checkpoints.snapshot(self._control, row.account, request["job"], request["checkpoint"])
         scratch = layout.staging / uuid.uuid4().hex
@@ -50,10 +54,9 @@ class Promotions:
             answer = await run_child(["export"], msgspec.json.encode(order), _EXPORT_WITHIN_S)
             report = msgspec.json.decode(answer, type=ExportReport)
             model = await checkpoints.promoted_row(self._control, row, _accepted(report))
-            await models.place(self._control, model, scratch)
+            return await models.place(self._control, model, scratch)
         finally:
             await asyncio.to_thread(shutil.rmtree, scratch, True)
-        await operations.finish(self._control, row, models.show(model).wire())
 
     async def _failed(self, name: str, reason: str) -> None:
         row = await operations.by_name(self._control, name)

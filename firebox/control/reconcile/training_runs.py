@@ -42,7 +42,7 @@ class TrainingRuns:
                 control.presence.touch(name)
         for row in await training_runs.loaded(control):
             job = await trainer_jobs.find(control, row.account, row.job)
-            address = control.fleet.pick(job.name) if job is not None else None
+            address = control.fleet.first(job.name) if job is not None else None
             if job is not None and address is not None and job.worker is not None and job.worker == row.worker:
                 control.presence.load(row.name, Place(job.id, job.name, job.worker, address))
                 control.presence.touch(resource(row.account, SessionRow.collection, row.session))

@@ -97,13 +97,24 @@ async def promote(control: Control, account: str, checkpoint: str, request: Prom
     )
 
 
+async def placed(control: Control, operation: OperationRow) -> ModelRow | None:
+    """The model of a promotion whose server ended between putting it in place and saying so."""
+    models_there = await models.listing(control, operation.account)
+    mine = [row for row in models_there if row.id == operation.request["output"]]
+    return next((row for row in mine if row.facts.get("promoted_from") == _origin(operation)), None)
+
+
 async def promoted_row(control: Control, operation: OperationRow, facts: dict[str, object]) -> ModelRow:
     """The model row for a finished export; `facts` come from its report."""
     request = operation.request
     base = await models.get(control, operation.account, request["base"].rpartition("/")[2])
-    origin = f"accounts/{operation.account}/rlorTrainerJobs/{request['job']}/checkpoints/{request['checkpoint']}"
-    facts = base.facts | facts | {"base_model": request["base"], "promoted_from": origin}
+    facts = base.facts | facts | {"base_model": request["base"], "promoted_from": _origin(operation)}
     return ModelRow(account=operation.account, id=request["output"], state="READY", facts=facts)
+
+
+def _origin(operation: OperationRow) -> str:
+    request = operation.request
+    return f"accounts/{operation.account}/rlorTrainerJobs/{request['job']}/checkpoints/{request['checkpoint']}"
 
 
 def bury(directory: Path, grave: Path) -> None:

@@ -185,13 +185,13 @@ async def remove(control: Control, row: DeploymentRow) -> None:
     control.changes.notify(row.name)
 
 
-async def address(control: Control, account: str, name: str) -> WorkerAddress:
-    """A replica of the deployment `name`; raises NotFound or FailedPrecondition saying why there is none."""
+async def replicas(control: Control, account: str, name: str) -> Sequence[WorkerAddress]:
+    """Who serves the deployment `name`, at least one; raises NotFound or FailedPrecondition saying why nobody does."""
     owner, ident = split_resource(name, DeploymentRow.collection, field="model")
     if owner != account:
         raise NotFound(f"model: {name!r} belongs to another account; yours is {account!r}")
-    serving = control.fleet.pick(name)
-    if serving is not None:
+    serving = control.fleet.all(name)
+    if serving:
         return serving
     row = await get(control, account, ident)
     if num_replicas(row.request) == 0:

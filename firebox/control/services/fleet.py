@@ -15,7 +15,6 @@ class Fleet:
 
     def __init__(self) -> None:
         self._serving: dict[str, tuple[WorkerAddress, ...]] = {}
-        self._turn: dict[str, int] = {}
         self._applied: dict[str, int] = {}
 
     def publish(self, name: str, addresses: Sequence[WorkerAddress]) -> None:
@@ -24,7 +23,6 @@ class Fleet:
             self._serving[name] = tuple(addresses)
         else:
             self._serving.pop(name, None)
-            self._turn.pop(name, None)
             self._applied.pop(name, None)
 
     def record_applied(self, name: str, sequence: int) -> None:
@@ -37,10 +35,6 @@ class Fleet:
     def all(self, name: str) -> Sequence[WorkerAddress]:
         return self._serving.get(name, ())
 
-    def pick(self, name: str) -> WorkerAddress | None:
-        """The next address of `name` in turn, or None when nothing serves it."""
-        addresses = self._serving.get(name)
-        if not addresses:
-            return None
-        turn = self._turn[name] = self._turn.get(name, -1) + 1
-        return addresses[turn % len(addresses)]
+    def first(self, name: str) -> WorkerAddress | None:
+        """The address of what is served by one worker, or None when nothing serves it."""
+        return next(iter(self.all(name)), None)

@@ -47,7 +47,7 @@ async def trainer(control: Control, account: str, model: ModelRow) -> Place:
 
 def running(control: Control, row: TrainerJobRow) -> Place:
     """Where the pooled job runs; raises FailedPrecondition or Unavailable when it does not."""
-    address = control.fleet.pick(row.name)
+    address = control.fleet.first(row.name)
     if row.state == RUNNING and row.worker is not None and address is not None:
         control.presence.touch(row.name)
         return Place(row.id, row.name, row.worker, address)
@@ -63,7 +63,7 @@ async def sampler(control: Control, account: str, model: ModelRow) -> WorkerAddr
         async with control.presence.lock(name):
             await _start_sampler(control, account, model, pool_id(model.id))
     control.presence.touch(name)
-    return await deployments.address(control, account, name)
+    return (await deployments.replicas(control, account, name))[0]
 
 
 async def _start_sampler(control: Control, account: str, model: ModelRow, ident: str) -> None:

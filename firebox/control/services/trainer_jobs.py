@@ -171,7 +171,7 @@ async def shape_of(control: Control, row: TrainerJobRow) -> Shape:
 
 async def address(control: Control, account: str, ident: str) -> WorkerAddress:
     """Where the job's trainer listens; raises FailedPrecondition telling why there is none."""
-    serving = control.fleet.pick(resource(account, TrainerJobRow.collection, ident))
+    serving = control.fleet.first(resource(account, TrainerJobRow.collection, ident))
     if serving is not None:
         return serving
     row = await get(control, account, ident)

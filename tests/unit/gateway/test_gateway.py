@@ -101,10 +101,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             raise NotFound(f"trainer job {job!r} does not exist")
         return here if job == "job" else gone
 
-    async def sampler(account: str, name: str) -> WorkerAddress:
+    async def sampler(account: str, name: str) -> list[WorkerAddress]:
+        if name == "accounts/local/deployments/half-gone":
+            return [gone, here]
         if name != "accounts/local/deployments/d":
             raise NotFound(f"deployment {name!r} does not exist")
-        return here
+        return [here]
 
     @contextlib.asynccontextmanager
     async def life() -> AsyncIterator[None]:
@@ -348,3 +350,9 @@ def test_limits_count_exactly() -> None:
     assert [asked(t) for t in (0, 10, 20, 59.9, 60, 61, 70, 119.9, 120)] == [
         True, True, False, False, True, False, True, False, True
     ]  # fmt: skip
+
+
+def test_request_goes_to_another_replica_when_one_is_gone(base: str) -> None:
+    for number in range(8):  # whichever of the two a prompt belongs to; this worker says 418 to everything
+        body = {"model": "accounts/local/deployments/half-gone", "prompt": [number]}
+        assert ask(base, "POST", "/v1/completions", json=body).status_code == 418
