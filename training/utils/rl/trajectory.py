@@ -80,6 +80,7 @@ def describe(groups: Groups, version: int) -> dict[str, float]:
         "rollout/truncated_fraction": float(np.mean([rollout.truncated for rollout in rollouts])),
         "rollout/zero_variance_fraction": float(np.mean([spread == 0 for spread in spreads])),
         "rollout/staleness": float(max(ages)),
+        "rollout/staleness_mean": float(np.mean(ages)),
     }
 
 
