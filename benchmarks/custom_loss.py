@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.harness import Comparison, interleave, keep
+from benchmarks.harness import Comparison, interleave
 from benchmarks.train_step import Ours
 from firebox.modeling.tiny import make_tiny
 from firebox.trainer.retained import Retained
-from firebox.wire.training import Datum, Forward, ForwardOutput, TensorData
+from firebox.wire.training import Datum, TensorData
 
 PAIRS = 11
 NUM_ROWS, SHORTEST, LONGEST = 16, 16, 256
@@ -61,11 +61,6 @@ class Trainer(Ours):
         self.drop_gradients()
         return output.metrics["loss:sum"]
 
-    def forward(self, data: list[Datum], *, backward: bool) -> ForwardOutput:
-        output = self.do(Forward(data=data, loss_fn="cross_entropy", backward=backward))
-        assert isinstance(output, ForwardOutput)
-        return output
-
     def drop_gradients(self) -> None:
         self.engine._lm.model.zero_grad(set_to_none=True)
 
@@ -73,9 +68,3 @@ class Trainer(Ours):
     def weigh(datum: Datum, weights: np.ndarray) -> Datum:
         weights_T = TensorData(data=weights.astype(np.float32), dtype="float32")
         return Datum(model_input=datum.model_input, loss_fn_inputs={**datum.loss_fn_inputs, "weights": weights_T})
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    comparisons = run()
-    print(*comparisons, keep("custom_loss", comparisons), sep="\n")

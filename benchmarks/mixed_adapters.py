@@ -9,25 +9,10 @@ import random
 import tempfile
 from pathlib import Path
 
-import torch
-
+from benchmarks._engine import TrainingEngine, command, datum, done
 from benchmarks.harness import Comparison, interleave
 from firebox.modeling.tiny import make_tiny
-from firebox.trainer.engine import Engine
-from firebox.wire.training import (
-    Chunk,
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
-    Forward,
-    ForwardOutput,
-    LoraConfig,
-    ModelInput,
-    Result,
-    TensorData,
-)
-from firebox.wire.worker import TrainerSpec, WorkerRuntime
+from firebox.wire.training import Forward, ForwardOutput, Result
 
 PAIRS = 9
 RANK = 8
@@ -43,11 +28,12 @@ def run() -> list[Comparison]:
 
 
 def compare(model_dir: Path, num_models: int, num_tokens: int) -> Comparison:
-    engine = make_engine(model_dir, num_models)
+    engine = TrainingEngine(model_dir, rank=RANK, num_models=num_models, mode="throughput").engine
     rng = random.Random(0)
+    rows = [[rng.randrange(1000) for _ in range(num_tokens)] for _ in range(num_models)]
     commands = [
-        Command(model_id=f"m{i}", operation=request([rng.randrange(1000) for _ in range(num_tokens)]))
-        for i in range(num_models)
+        command(Forward(data=[datum(row)], loss_fn="cross_entropy", backward=True), model)
+        for model, row in enumerate(rows)
     ]
 
     def together() -> list[float]:
@@ -62,34 +48,6 @@ def compare(model_dir: Path, num_models: int, num_tokens: int) -> Comparison:
     return interleave(what, "each in its own pass", together, alone, PAIRS)
 
 
-def make_engine(model_dir: Path, num_models: int) -> Engine:
-    jobs = Path(tempfile.mkdtemp(dir=model_dir.parent))
-    (jobs / "job").mkdir()
-    spec = TrainerSpec(
-        job="accounts/local/rlorTrainerJobs/job",
-        base_model="accounts/local/models/tiny",
-        model_dir=str(model_dir),
-        job_dir=str(jobs / "job"),
-        jobs_dir=str(jobs),
-        max_context_length=4096,
-        lora_rank=RANK,
-        runtime=WorkerRuntime(socket="", token="", threads=torch.get_num_threads(), mode="throughput"),
-    )
-    engine = Engine(spec)
-    for seed in range(num_models):
-        create = CreateModel(base_model=spec.base_model, lora_config=LoraConfig(rank=RANK, seed=seed))
-        engine.execute(Command(model_id=f"m{seed}", operation=create))
-    return engine
-
-
-def request(tokens: list[int]) -> Forward:
-    datum = Datum(
-        model_input=ModelInput(chunks=[Chunk(tokens=tokens[:-1])]),
-        loss_fn_inputs={"target_tokens": TensorData(data=tokens[1:], dtype="int64")},
-    )
-    return Forward(data=[datum], loss_fn="cross_entropy", backward=True)
-
-
 def losses(results: list[Result]) -> list[float]:
-    assert not [result for result in results if isinstance(result, Failed)]
-    return [result.metrics["loss:sum"] for result in results if isinstance(result, ForwardOutput)]
+    outputs = [done(result) for result in results]
+    return [output.metrics["loss:sum"] for output in outputs if isinstance(output, ForwardOutput)]

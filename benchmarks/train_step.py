@@ -12,26 +12,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks._engine import TrainingEngine, datum
 from benchmarks.harness import Comparison, interleave
 from firebox.modeling.tiny import make_tiny
-from firebox.trainer.engine import Engine
-from firebox.wire.training import (
-    AdamParams,
-    Chunk,
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
-    Forward,
-    ForwardOutput,
-    LoraConfig,
-    ModelInput,
-    Operation,
-    OptimStep,
-    Result,
-    TensorData,
-)
-from firebox.wire.worker import TrainerSpec, WorkerRuntime
+from firebox.wire.training import AdamParams, OptimStep
 
 LEARNING_RATE = 1e-5
 PAIRS = 9
@@ -56,40 +40,16 @@ def compare(model_dir: Path, what: str, num_rows: int, shortest: int, longest: i
     return interleave(what, "plain transformers, padded", ours.step, theirs.step, PAIRS)
 
 
-class Ours:
+class Ours(TrainingEngine):
     """forward_backward and optim_step as commands to the engine."""
 
     def __init__(self, model_dir: Path, rows: list[list[int]]) -> None:
-        jobs = Path(tempfile.mkdtemp(dir=model_dir.parent))
-        (jobs / "job").mkdir()
-        spec = TrainerSpec(
-            job="accounts/local/rlorTrainerJobs/job",
-            base_model="accounts/local/models/tiny",
-            model_dir=str(model_dir),
-            job_dir=str(jobs / "job"),
-            jobs_dir=str(jobs),
-            max_context_length=4096,
-            runtime=WorkerRuntime(socket="", token="", threads=torch.get_num_threads()),
-        )
-        self.engine = Engine(spec)
-        self.do(CreateModel(base_model=spec.base_model, lora_config=LoraConfig(rank=0)))
-        self.data = [
-            Datum(
-                model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]),
-                loss_fn_inputs={"target_tokens": TensorData(data=row[1:], dtype="int64")},
-            )
-            for row in rows
-        ]
-
-    def do(self, operation: Operation) -> Result:
-        result = self.engine.execute(Command(model_id="m", operation=operation))
-        assert not isinstance(result, Failed), result.error
-        return result
+        super().__init__(model_dir)
+        self.data = [datum(row) for row in rows]
 
     def step(self) -> float:
-        output = self.do(Forward(data=self.data, loss_fn="cross_entropy", backward=True))
+        output = self.forward(self.data, backward=True)
         self.do(OptimStep(adam_params=AdamParams(learning_rate=LEARNING_RATE), normalization="num_loss_tokens"))
-        assert isinstance(output, ForwardOutput)
         return output.metrics["loss:sum"]
 
 

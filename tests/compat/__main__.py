@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "reference" / "compat.md"
 LIFE_S = 300
 
-sys.path.insert(0, str(ROOT / "tests" / "unit" / "trainer"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 
 class Generation(NamedTuple):

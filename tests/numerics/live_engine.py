@@ -8,34 +8,25 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from trainer_harness import Driver, datum, trainer_spec
 
 from firebox.trainer.engine import Engine
 from firebox.wire.training import (
     AdamParams,
-    Chunk,
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
     Forward,
-    ForwardOutput,
     LoadState,
     LoraConfig,
-    ModelInput,
-    Operation,
     OptimStep,
     OptimStepOutput,
-    Result,
     SaveState,
-    TensorData,
 )
-from firebox.wire.worker import ComputeMode, TrainerSpec, WorkerRuntime
+from firebox.wire.worker import ComputeMode, WorkerRuntime
 
 Row = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-class LiveEngine:
+class LiveEngine(Driver):
     """`models` are created at once; jobs beneath the same `root` can load each other's checkpoints."""
 
     def __init__(
@@ -48,25 +39,10 @@ class LiveEngine:
         models: Sequence[str] = ("m",),
         mode: ComputeMode = "exact",
     ) -> None:
-        (root / job).mkdir(parents=True, exist_ok=True)
-        spec = TrainerSpec(
-            job=f"accounts/local/rlorTrainerJobs/{job}",
-            base_model="accounts/local/models/tiny",
-            model_dir=str(model_dir),
-            job_dir=str(root / job),
-            jobs_dir=str(root),
-            max_context_length=256,
-            lora_rank=rank,
-            runtime=WorkerRuntime(socket="", token="", threads=1, mode=mode),
-        )
-        self.engine = Engine(spec)
+        runtime = WorkerRuntime(socket="", token="", threads=1, mode=mode)
+        self.engine = Engine(trainer_spec(model_dir, root, job, lora_rank=rank, runtime=runtime))
         for seed, model in enumerate(models):
-            self.do(CreateModel(base_model=spec.base_model, lora_config=LoraConfig(rank=rank, seed=seed)), model)
-
-    def do(self, operation: Operation, model: str = "m") -> Result:
-        result = self.engine.execute(Command(model_id=model, operation=operation))
-        assert not isinstance(result, Failed), result.error
-        return result
+            self.create(LoraConfig(rank=rank, seed=seed), model)
 
     def logprobs(self, rows: Sequence[Row]) -> list[Floats]:
         """Log-probs [T-1] of each row [T]."""
@@ -93,19 +69,14 @@ class LiveEngine:
 
     def state(self, model: str = "m") -> dict[str, torch.Tensor]:
         """Copies of all that the next result depends on, but for torch's generator, from which nothing here draws."""
-        tensors = self.engine._models[model].tensors()
-        return {name: tensor.clone() for name, tensor in tensors.items() if name != "rng"}
+        return {name: tensor for name, tensor in super().state(model).items() if name != "rng"}
 
     def _forward(
         self, loss_fn: str, rows: Sequence[Row], inputs: dict[str, Sequence[Floats]], backward: bool, model: str
     ) -> tuple[float, list[Floats]]:
-        data = []
-        for index, row in enumerate(rows):
-            tensors = {name: TensorData(data=values[index], dtype="float32") for name, values in inputs.items()}
-            tensors["target_tokens"] = TensorData(data=row[1:], dtype="int64")
-            data.append(Datum(model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]), loss_fn_inputs=tensors))
-        result = self.do(Forward(data=data, loss_fn=loss_fn, backward=backward), model)
-        assert isinstance(result, ForwardOutput)
+        parts = [{name: values[index] for name, values in inputs.items()} for index in range(len(rows))]
+        data = [datum(row, **part) for row, part in zip(rows, parts, strict=True)]
+        result = self.forward(Forward(data=data, loss_fn=loss_fn, backward=backward), model)
         return result.metrics["loss:sum"], [output["logprobs"].data for output in result.loss_fn_outputs]
 
 

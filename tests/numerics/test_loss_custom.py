@@ -8,83 +8,42 @@ import numpy as np
 import pytest
 import torch
 from proofs import Record
+from trainer_harness import Driver, datum, trainer_spec
 
 from firebox.modeling.causal_lm import CausalLM
 from firebox.trainer import retained
-from firebox.trainer.engine import Engine
 from firebox.trainer.retained import Retained
-from firebox.wire.training import (
-    AdamParams,
-    Chunk,
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
-    Forward,
-    ForwardOutput,
-    LoraConfig,
-    ModelInput,
-    Operation,
-    OptimStep,
-    Result,
-    TensorData,
-)
-from firebox.wire.worker import TrainerSpec, WorkerRuntime
+from firebox.wire.training import Forward, ForwardOutput, LoraConfig
 
 LENGTHS = (20, 7, 20, 33)
 
 
-class Trainer:
+class Trainer(Driver):
     """An engine that counts forward passes through its model."""
 
     def __init__(self, model_dir: Path, root: Path, lora_rank: int) -> None:
-        (root / "job").mkdir()
-        spec = TrainerSpec(
-            job="accounts/local/rlorTrainerJobs/job",
-            base_model="accounts/local/models/tiny",
-            model_dir=str(model_dir),
-            job_dir=str(root / "job"),
-            jobs_dir=str(root),
-            max_context_length=256,
-            lora_rank=lora_rank,
-            runtime=WorkerRuntime(socket="", token=""),
-        )
+        super().__init__(trainer_spec(model_dir, root, lora_rank=lora_rank), lora_rank)
         self.rank = lora_rank
-        self.base_model = spec.base_model
-        self.engine = Engine(spec)
         self.num_forwards = 0
         self.engine._lm.backbone.register_forward_hook(self._count)
-        self.create("m")
 
     def _count(self, *_: object) -> None:
         self.num_forwards += 1
 
-    def create(self, model_id: str) -> None:
-        self.do(CreateModel(base_model=self.base_model, lora_config=LoraConfig(rank=self.rank, seed=7)), model_id)
+    def create_another(self, model: str) -> None:
+        self.create(LoraConfig(rank=self.rank, seed=7), model)
 
-    def do(self, operation: Operation, model_id: str = "m") -> Result:
-        result = self.engine.execute(Command(model_id=model_id, operation=operation))
-        assert not isinstance(result, Failed), result.error
-        return result
-
-    def forward(
-        self, weights: list[np.ndarray], *, backward: bool, seed: int = 0, model_id: str = "m"
-    ) -> ForwardOutput:
-        result = self.do(request(weights, backward=backward, seed=seed), model_id)
-        assert isinstance(result, ForwardOutput)
-        return result
+    def score(self, weights: list[np.ndarray], *, backward: bool, seed: int = 0, model: str = "m") -> ForwardOutput:
+        return self.forward(request(weights, backward=backward, seed=seed), model)
 
     def custom(self, seed: int = 0) -> ForwardOutput:
         """What both SDKs send for a loss of the client's: here the sum of squared log-probs."""
-        scored = self.forward(zeros(), backward=False, seed=seed)
+        scored = self.score(zeros(), backward=False, seed=seed)
         weights = [-2 * output["logprobs"].data for output in scored.loss_fn_outputs]
-        return self.forward(weights, backward=True, seed=seed)
-
-    def step(self) -> None:
-        self.do(OptimStep(adam_params=AdamParams(learning_rate=1e-3)))
+        return self.score(weights, backward=True, seed=seed)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        return {n: t.clone() for n, t in self.engine._models["m"].tensors().items() if n.startswith("gradients/")}
+        return {name: tensor for name, tensor in self.state().items() if name.startswith("gradients/")}
 
 
 def zeros() -> list[np.ndarray]:
@@ -93,14 +52,7 @@ def zeros() -> list[np.ndarray]:
 
 def request(weights: list[np.ndarray], *, backward: bool, seed: int) -> Forward:
     rng = np.random.default_rng(seed)
-    data = []
-    for own in weights:
-        row = rng.integers(0, 1000, len(own) + 1)
-        inputs = {
-            "target_tokens": TensorData(data=row[1:].copy(), dtype="int64"),
-            "weights": TensorData(data=own, dtype="float32"),
-        }
-        data.append(Datum(model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]), loss_fn_inputs=inputs))
+    data = [datum(rng.integers(0, 1000, len(own) + 1), weights=own) for own in weights]
     return Forward(data=data, loss_fn="cross_entropy", backward=backward)
 
 
@@ -123,7 +75,7 @@ def test_the_second_forward_does_not_run_and_the_gradients_are_the_same(trainer:
     for parameter in trainer.engine._models["m"].parameters.values():
         parameter.grad = None
     weights = [-2 * output["logprobs"].data for output in kept.loss_fn_outputs]
-    plain = trainer.forward(weights, backward=True)
+    plain = trainer.score(weights, backward=True)
     assert not used(plain)
     assert trainer.num_forwards == 2
     theirs = trainer.gradients()
@@ -135,17 +87,17 @@ def test_the_second_forward_does_not_run_and_the_gradients_are_the_same(trainer:
 
 
 def test_a_step_drops_what_was_kept(trainer: Trainer):
-    trainer.forward(zeros(), backward=False)
+    trainer.score(zeros(), backward=False)
     trainer.step()
-    assert not used(trainer.forward(zeros(), backward=True))
+    assert not used(trainer.score(zeros(), backward=True))
 
 
 def test_another_active_model_drops_what_was_kept(tiny_dir: Path, tmp_path: Path):
     trainer = Trainer(tiny_dir, tmp_path, 4)
-    trainer.create("other")
-    trainer.forward(zeros(), backward=False)
-    trainer.forward(zeros(), backward=False, model_id="other")
-    assert not used(trainer.forward(zeros(), backward=True))
+    trainer.create_another("other")
+    trainer.score(zeros(), backward=False)
+    trainer.score(zeros(), backward=False, model="other")
+    assert not used(trainer.score(zeros(), backward=True))
     assert used(trainer.custom()), "being pushed out teaches nothing"
 
 
@@ -163,18 +115,18 @@ def test_other_data_does_not_match(trainer: Trainer, changed: str):
 
 def test_chunks_come_back_in_their_order(trainer: Trainer):
     for seed in (1, 2, 3):
-        trainer.forward(zeros(), backward=False, seed=seed)
+        trainer.score(zeros(), backward=False, seed=seed)
     ones = [np.ones(n, dtype=np.float32) for n in LENGTHS]
-    assert all(used(trainer.forward(ones, backward=True, seed=seed)) for seed in (1, 2, 3))
+    assert all(used(trainer.score(ones, backward=True, seed=seed)) for seed in (1, 2, 3))
     assert trainer.num_forwards == 3
 
 
 def test_a_session_that_never_comes_back_stops_paying(trainer: Trainer):
-    trainer.forward(zeros(), backward=False)
+    trainer.score(zeros(), backward=False)
     trainer.step()
-    trainer.forward(zeros(), backward=False)
+    trainer.score(zeros(), backward=False)
     assert not trainer.engine._retained._kept
-    assert not used(trainer.forward(zeros(), backward=True)), "it was not expected"
+    assert not used(trainer.score(zeros(), backward=True)), "it was not expected"
     assert used(trainer.custom()), "now it is"
 
 
@@ -186,7 +138,7 @@ def test_a_pass_beyond_the_budget_is_not_kept(trainer: Trainer):
 
 
 def test_the_measured_size_is_that_of_the_graph(trainer: Trainer):
-    trainer.forward(zeros(), backward=False)
+    trainer.score(zeros(), backward=False)
     (recording,) = trainer.engine._retained._kept.values()
     lm: CausalLM = trainer.engine._lm
     logits = 4 * sum(LENGTHS) * lm.vocab_size

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import random
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -17,27 +16,14 @@ import numpy as np
 import pytest
 import torch
 from proofs import Record, count
+from trainer_harness import BASE_MODEL, Driver, datum, trainer_spec
 
 from firebox.sampler.server import build_app
 from firebox.trainer.engine import Engine
 from firebox.weights.manifest import read_snapshot
-from firebox.wire.training import (
-    AdamParams,
-    Chunk,
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
-    Forward,
-    LoraConfig,
-    ModelInput,
-    OptimStep,
-    SaveForSampler,
-    TensorData,
-)
-from firebox.wire.worker import HotloadCommand, SamplerSpec, TrainerSpec, WorkerRuntime
+from firebox.wire.training import AdamParams, Forward, LoraConfig, OptimStep, SaveForSampler
+from firebox.wire.worker import HotloadCommand, SamplerSpec, WorkerRuntime
 
-BASE_MODEL = "accounts/local/models/tiny"
 RUNTIME = WorkerRuntime(socket="", token="")
 TOLERANCE = 1e-5
 
@@ -49,25 +35,13 @@ LORAS = {
 }
 
 
-class Trainer:
+class Trainer(Driver):
     """One model on a trainer's engine."""
 
     def __init__(self, model_dir: Path, root: Path, lora: LoraConfig, runtime: WorkerRuntime = RUNTIME) -> None:
-        self.job_dir = root / "jobs" / "job"
-        self.job_dir.mkdir(parents=True)
-        spec = TrainerSpec(
-            job="accounts/local/rlorTrainerJobs/job", base_model=BASE_MODEL, model_dir=str(model_dir),
-            job_dir=str(self.job_dir), jobs_dir=str(root / "jobs"), max_context_length=256, lora_rank=lora.rank,
-            runtime=runtime,
-        )  # fmt: skip
-        self.spec = spec
-        self.engine = Engine(spec)
-        self.do(CreateModel(base_model=BASE_MODEL, lora_config=lora))
-
-    def do(self, operation: Any) -> Any:
-        result = self.engine.execute(Command(model_id="m", operation=operation))
-        assert not isinstance(result, Failed), result.error
-        return result
+        self.spec = trainer_spec(model_dir, root, lora_rank=lora.rank, runtime=runtime)
+        self.engine = Engine(self.spec)
+        self.create(lora)
 
     def train(self, rows: list[list[int]]) -> None:
         """One step, large enough that a sampler without it is far off."""
@@ -76,19 +50,12 @@ class Trainer:
 
     def publish(self, identity: str, kind: str) -> Path:
         self.do(SaveForSampler(name=identity, checkpoint_type=kind))
-        return self.job_dir / "snapshots" / identity
+        return Path(self.spec.job_dir) / "snapshots" / identity
 
     def logprobs(self, rows: list[list[int]]) -> list[np.ndarray]:
         """Per row [T] the log-probs [T-1] of its tokens 1..T-1."""
-        done = self.do(Forward(data=[datum(row) for row in rows], loss_fn="cross_entropy"))
+        done = self.forward(Forward(data=[datum(row) for row in rows], loss_fn="cross_entropy"))
         return [np.asarray(output["logprobs"].data) for output in done.loss_fn_outputs]
-
-
-def datum(row: list[int]) -> Datum:
-    return Datum(
-        model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]),
-        loss_fn_inputs={"target_tokens": TensorData(data=row[1:], dtype="int64")},
-    )
 
 
 def random_rows(rng: random.Random, num: int, shortest: int, longest: int) -> list[list[int]]:

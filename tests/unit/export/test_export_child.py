@@ -9,58 +9,22 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from trainer_harness import Driver, datum, trainer_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from firebox.trainer.engine import Engine
 from firebox.weights.manifest import read_snapshot
-from firebox.wire.training import (
-    AdamParams,
-    Chunk,
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
-    Forward,
-    LoraConfig,
-    ModelInput,
-    Operation,
-    OptimStep,
-    SaveForSampler,
-    TensorData,
-)
-from firebox.wire.worker import ExportReport, ExportRequest, TrainerSpec, WorkerRuntime
+from firebox.wire.training import AdamParams, Forward, OptimStep, SaveForSampler
+from firebox.wire.worker import ExportReport, ExportRequest
 
 
 def train(model_dir: Path, root: Path, rank: int, dtype: str = "float32") -> Path:
     """Two steps, then snapshots `one` (base or adapter) and `two` (its delta); returns their directory."""
-    (root / "job").mkdir()
-    spec = TrainerSpec(
-        job="accounts/local/rlorTrainerJobs/job",
-        base_model="accounts/local/models/tiny",
-        model_dir=str(model_dir),
-        job_dir=str(root / "job"),
-        jobs_dir=str(root),
-        max_context_length=64,
-        lora_rank=rank,
-        dtype=dtype,
-        runtime=WorkerRuntime(socket="", token=""),
-    )
-    engine = Engine(spec)
-
-    def do(operation: Operation) -> None:
-        result = engine.execute(Command(model_id="m", operation=operation))
-        assert not isinstance(result, Failed), result.error
-
-    do(CreateModel(base_model="tiny", lora_config=LoraConfig(rank=rank, seed=0)))
-    datum = Datum(
-        model_input=ModelInput(chunks=[Chunk(tokens=list(range(20)))]),
-        loss_fn_inputs={"target_tokens": TensorData(data=list(range(1, 21)), dtype="int64")},
-    )
+    trainer = Driver(trainer_spec(model_dir, root, max_context_length=64, lora_rank=rank, dtype=dtype), rank)
     for name, kind in (("one", "base"), ("two", "delta")):
-        do(Forward(data=[datum], loss_fn="cross_entropy", backward=True))
-        do(OptimStep(adam_params=AdamParams(learning_rate=1e-2)))
-        do(SaveForSampler(name=name, checkpoint_type=kind))
-    return root / "job" / "snapshots"
+        trainer.do(Forward(data=[datum(range(21))], loss_fn="cross_entropy", backward=True))
+        trainer.do(OptimStep(adam_params=AdamParams(learning_rate=1e-2)))
+        trainer.do(SaveForSampler(name=name, checkpoint_type=kind))
+    return root / "jobs" / "job" / "snapshots"
 
 
 def export(chain: list[Path], model_dir: Path, out_dir: Path) -> ExportReport:

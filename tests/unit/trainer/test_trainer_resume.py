@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+import trainer_harness
 from trainer_harness import Driver
 
 from firebox.trainer.checkpoint import list_checkpoints
@@ -43,7 +44,9 @@ def test_resume_with_pending_gradients_in_a_new_process_is_bit_exact(make_spec, 
     driver.backward(3)
     driver.do(SaveState(name="half"))
     command = [sys.executable, "-c", _RESUME, msgspec.json.encode(make_spec("second", lora_rank=rank)).decode()]
-    subprocess.run([*command, str(rank), str(tmp_path / "out")], cwd=Path(__file__).parent, check=True, timeout=120)
+    subprocess.run(
+        [*command, str(rank), str(tmp_path / "out")], cwd=Path(trainer_harness.__file__).parent, check=True, timeout=120
+    )
     driver.step()
     driver.backward(4)
     driver.step()

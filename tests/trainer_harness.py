@@ -6,12 +6,14 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from firebox.trainer.engine import Engine
 from firebox.wire.training import (
@@ -22,8 +24,10 @@ from firebox.wire.training import (
     Datum,
     Failed,
     Forward,
+    ForwardOutput,
     LoraConfig,
     ModelInput,
+    Normalization,
     Operation,
     OptimStep,
     Result,
@@ -74,21 +78,27 @@ def serving(spec: TrainerSpec, prelude: str = "") -> Iterator[str]:
 
 
 class Driver:
-    """One model on an engine in this process."""
+    """An engine in this process, and the models that it trains: `m` unless another one is named."""
 
-    def __init__(self, spec: TrainerSpec, rank: int) -> None:
+    def __init__(self, spec: TrainerSpec, rank: int = 0) -> None:
         self.engine = Engine(spec)
-        lora = LoraConfig(rank=rank, seed=7)
-        self.model_id = "m"
-        self.do(CreateModel(base_model=spec.base_model, lora_config=lora))
+        self.create(LoraConfig(rank=rank, seed=7))
 
-    def do(self, operation: Operation) -> Result:
-        result = self.engine.execute(Command(model_id=self.model_id, operation=operation))
+    def create(self, lora: LoraConfig, model: str = "m") -> None:
+        self.do(CreateModel(base_model=self.engine._spec.base_model, lora_config=lora), model)
+
+    def do(self, operation: Operation, model: str = "m") -> Result:
+        result = self.engine.execute(Command(model_id=model, operation=operation))
         assert not isinstance(result, Failed), result.error
         return result
 
-    def error(self, operation: Operation) -> str:
-        result = self.engine.execute(Command(model_id=self.model_id, operation=operation))
+    def forward(self, request: Forward, model: str = "m") -> ForwardOutput:
+        output = self.do(request, model)
+        assert isinstance(output, ForwardOutput)
+        return output
+
+    def error(self, operation: Operation, model: str = "m") -> str:
+        result = self.engine.execute(Command(model_id=model, operation=operation))
         assert isinstance(result, Failed)
         assert result.category == "user"
         return result.error
@@ -96,20 +106,21 @@ class Driver:
     def backward(self, seed: int) -> None:
         self.do(forward(seed, backward=True))
 
-    def step(self) -> None:
-        self.do(OptimStep(adam_params=AdamParams(learning_rate=1e-3), normalization="num_loss_tokens"))
+    def step(self, learning_rate: float = 1e-3, normalization: Normalization = "num_loss_tokens") -> None:
+        self.do(OptimStep(adam_params=AdamParams(learning_rate=learning_rate), normalization=normalization))
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.engine._models[self.model_id].tensors().items()}
+    def state(self, model: str = "m") -> dict[str, torch.Tensor]:
+        """Copies of everything that a checkpoint of this model holds."""
+        return {name: tensor.clone() for name, tensor in self.engine._models[model].tensors().items()}
+
+
+def datum(row: Sequence[int] | NDArray[np.int64], **inputs: NDArray[np.float32]) -> Datum:
+    """A row [T] as T-1 tokens and their targets; `inputs` are further loss inputs, float32 of [T-1]."""
+    tensors = {name: TensorData(data=values, dtype="float32") for name, values in inputs.items()}
+    tensors["target_tokens"] = TensorData(data=row[1:], dtype="int64")
+    return Datum(model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]), loss_fn_inputs=tensors)
 
 
 def forward(seed: int, *, backward: bool = False) -> Forward:
-    tokens = torch.randint(0, 1000, (2, 20), generator=torch.Generator().manual_seed(seed)).tolist()
-    data = [
-        Datum(
-            model_input=ModelInput(chunks=[Chunk(tokens=row[:-1])]),
-            loss_fn_inputs={"target_tokens": TensorData(data=row[1:], dtype="int64")},
-        )
-        for row in tokens
-    ]
-    return Forward(data=data, loss_fn="cross_entropy", backward=backward)
+    rows = torch.randint(0, 1000, (2, 20), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Forward(data=[datum(row) for row in rows], loss_fn="cross_entropy", backward=backward)
