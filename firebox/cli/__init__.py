@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from firebox.cli import keys, resources, server, workers
+from firebox.cli import chat, doctor, keys, models, resources, server, workers
 from firebox.wire.errors import FireboxError
 
 app = typer.Typer(
@@ -16,13 +16,15 @@ app = typer.Typer(
 )  # fmt: skip
 app.command("up")(server.up)
 app.command("status")(resources.status)
-app.add_typer(resources.models_app, name="models")
+app.add_typer(models.models_app, name="models")
 app.command("shapes")(resources.shapes)
 app.command("jobs")(resources.jobs)
 app.command("deployments")(resources.deployments)
 app.command("checkpoints")(resources.checkpoints)
 app.add_typer(keys.keys_app, name="keys")
 app.command("logs")(resources.logs)
+app.command("doctor")(doctor.doctor)
+app.command("chat")(chat.chat)
 app.command("trainer")(workers.trainer)
 app.command("sampler")(workers.sampler)
 app.command("export", hidden=True)(workers.export)

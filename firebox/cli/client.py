@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ class Client:
             return False
         return serving.rstrip("/") == self.url.rstrip("/")
 
-    def staging(self) -> Path:
-        """Where a new model's files are put for the server to take. Raises FailedPrecondition for another's directory.
+    def files(self) -> Layout:
+        """The server's own files. Raises FailedPrecondition when the data directory is not that of the server.
 
         Weights do not travel over the wire: the command and the server must share a file system.
         """
@@ -57,7 +58,15 @@ class Client:
                 f"the server at {self.url} does not keep its data in {self.layout.root}; name the directory it was "
                 "started with, on its own machine: --data-dir DIR or FIREBOX_DATA_DIR"
             )
-        return self.layout.staging
+        return self.layout
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[str]:
+        """The lines of a streamed answer."""
+        with self._http.stream("POST", path, json=body) as answer:
+            if not answer.is_success:
+                answer.read()
+                raise FailedPrecondition(_message(answer))
+            yield from answer.iter_lines()
 
     def every(self, path: str, key: str, *, account: str = "", **params: str) -> list[dict[str, Any]]:
         """All pages of a listing, of the account itself unless another one is named."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from firebox.cli.options import DEFAULT_DATA_DIR, AsJson, DataDir, connect
 from firebox.cli.tables import show
-
-if TYPE_CHECKING:
-    from firebox.cli.client import Client
-
-models_app = typer.Typer(help="Add, make and list models.", no_args_is_help=True)
 
 
 def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
@@ -29,55 +23,6 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> Non
         place = f", data in {client.layout.root}" if client.is_local else ""
         print(f"{client.url}, account {client.account}{place}")
     show(running, {"what": "name", "state": "state", "message": "statusMessage"}, as_json)
-
-
-@models_app.command("add")
-def add_model(
-    name: Annotated[str, typer.Argument(help="Id of the new model.")],
-    source: Annotated[Path, typer.Option("--from", help="A Hugging Face directory with safetensors weights.")],
-    data_dir: DataDir = DEFAULT_DATA_DIR,
-) -> None:
-    """Copy a model directory into the server. Example: firebox models add qwen3-0.6b --from ./Qwen3-0.6B"""
-    from firebox.control.services.model_dir import stage
-
-    client = connect(data_dir)
-    _register(client, name, stage(source, client.staging()))
-
-
-@models_app.command("make-tiny")
-def make_tiny_model(
-    name: Annotated[str, typer.Argument(help="Id of the new model.")],
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    data_dir: DataDir = DEFAULT_DATA_DIR,
-) -> None:
-    """Make a small random model with its tokenizer, to try things with. Example: firebox models make-tiny tiny"""
-    import uuid
-
-    client = connect(data_dir)
-    staging = client.staging()
-    from firebox.modeling.tiny import make_tiny
-
-    staged = uuid.uuid4().hex
-    make_tiny(staging / staged, seed=seed)
-    _register(client, name, staged)
-
-
-@models_app.command("alias")
-def alias_model(
-    name: Annotated[str, typer.Argument(help="Id of the model.")],
-    hub_names: Annotated[list[str], typer.Argument(help="Every other name it is to answer to, such as Qwen/Qwen3-8B.")],
-    data_dir: DataDir = DEFAULT_DATA_DIR,
-) -> None:
-    """Let a model answer to hub names. Example: firebox models alias qwen3-8b-base Qwen/Qwen3-8B-Base"""
-    model = connect(data_dir).own("PATCH", f"models/{name}", json={"aliases": hub_names})
-    print(f"{model['name']} answers to {', '.join(model['aliases'])}")
-
-
-@models_app.command("list")
-def list_models(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
-    """Registered models. Example: firebox models list"""
-    columns = {"model": "name", "kind": "kind", "context": "contextLength", "aliases": "aliases", "made": "createTime"}
-    show(connect(data_dir).every("models", "models"), columns, as_json)
 
 
 def shapes(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
@@ -116,19 +61,17 @@ def checkpoints(
 
 
 def logs(
-    job: Annotated[str, typer.Argument(help="Id of a trainer job.")], data_dir: DataDir = DEFAULT_DATA_DIR
+    name: Annotated[str, typer.Argument(help="Id of a trainer job or of a deployment.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
 ) -> None:
-    """Print the log of a job's trainer. Example: firebox logs my-job"""
+    """Print what the worker of a job, or of a deployment, has logged. Example: firebox logs my-job"""
     from firebox.wire.errors import NotFound
 
     client = connect(data_dir)
-    client.own("GET", f"rlorTrainerJobs/{job}")
-    path = client.layout.job_log(client.account, job)
-    if not path.exists():
-        raise NotFound(f"{path} does not exist; run this on the server's machine, with its --data-dir")
-    print(path.read_text(errors="replace"), end="")
-
-
-def _register(client: Client, name: str, staged: str) -> None:
-    model = client.own("POST", "models", json={"modelId": name, "stagedDir": staged})
-    print(f"{model['name']} is ready; its shapes: firebox shapes")
+    layout = client.files()
+    paths = [layout.job_log(client.account, name), layout.deployment_log(client.account, name)]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        raise NotFound(f"no trainer job and no deployment {name!r} has logged anything; see firebox status")
+    for path in found:
+        print(path.read_text(errors="replace"), end="")

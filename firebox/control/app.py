@@ -37,6 +37,7 @@ from firebox.control.routes import (
     sessions,
     trainer_jobs,
     training_runs,
+    training_sessions,
     training_shapes,
 )
 from firebox.control.services.context import Control
@@ -102,7 +103,7 @@ def _build_app(control: Control) -> FastAPI:
     app.state.control = control
     for module in (accounts, api_keys, models, training_shapes, trainer_jobs, checkpoints, operations, deployments):
         app.include_router(module.router)
-    for module in (sessions, training_runs, run_checkpoints, samplers):
+    for module in (sessions, training_runs, training_sessions, run_checkpoints, samplers):
         app.include_router(module.router)
     app.include_router(deployments.hot_load_router)
     app.include_router(metrics.router)

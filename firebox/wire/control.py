@@ -184,6 +184,13 @@ class Promote(BaseModel):
     base_model: str
 
 
+class PromoteOfSession(BaseModel):
+    """The promotion body of a training session's checkpoint: the session tells the trainer."""
+
+    output_model: str
+    base_model: str
+
+
 class Operation(Camel):
     name: str
     done: bool

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from proofs import FULL
 from running import MODEL, RunningServer
 
 from firebox.control.app import ControlPlane
@@ -85,17 +86,17 @@ def _fireworks(server: RunningServer, ends: contextlib.ExitStack) -> dict[str, s
     )
     ends.callback(deployments.delete, deployment)
     deployments.wait_for_ready(deployment, timeout_s=120)
-    model = f"accounts/local/models/{deployment}"
-    promotion = {"output_model": model, "trainer_job_id": created.job_name, "base_model": MODEL}
-    pool = ends.enter_context(ThreadPoolExecutor(1))
-    promoting = pool.submit(server.ask, "POST", f"/v1/accounts/local/checkpoints/{snapshot}:promote", json=promotion)
-    ends.callback(lambda: promoting.result() and server.ask("DELETE", f"/v1/{model}"))
-    operation = _operation(server, snapshot)
+    operation = _promotion(server, ends, snapshot, created.job_name) if FULL else "0" * 32
     return {"job": created.job_id, "deployment": deployment, "checkpoint": snapshot, "operation": operation}
 
 
-def _operation(server: RunningServer, checkpoint: str) -> str:
-    """The id of the promotion of `checkpoint`; while that runs, only the server knows it."""
+def _promotion(server: RunningServer, ends: contextlib.ExitStack, checkpoint: str, job: str) -> str:
+    """The id of a promotion; while that runs, only the server knows it."""
+    model = f"accounts/local/models/theirs-{uuid.uuid4().hex[:8]}"
+    body = {"output_model": model, "trainer_job_id": job, "base_model": MODEL}
+    pool = ends.enter_context(ThreadPoolExecutor(1))
+    promoting = pool.submit(server.ask, "POST", f"/v1/accounts/local/checkpoints/{checkpoint}:promote", json=body)
+    ends.callback(lambda: promoting.result() and server.ask("DELETE", f"/v1/{model}"))
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         with sqlite3.connect(server.data / "firebox.db") as database:

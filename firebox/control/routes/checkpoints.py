@@ -6,7 +6,8 @@ from fastapi import APIRouter
 
 from firebox.control.routes.deps import Account, Ctx, Json
 from firebox.control.services import checkpoints, operations
-from firebox.control.services.context import page
+from firebox.control.services.context import Control, page
+from firebox.control.tables.operations import OperationRow
 from firebox.wire.control import Promote
 from firebox.wire.errors import FailedPrecondition
 
@@ -29,8 +30,11 @@ async def delete_checkpoint(control: Ctx, account: Account, job: str, checkpoint
 
 @router.post("/checkpoints/{checkpoint}:promote")
 async def promote_checkpoint(control: Ctx, account: Account, checkpoint: str, body: Promote) -> Json:
+    return await promoted(control, await checkpoints.promote(control, account, checkpoint, body))
+
+
+async def promoted(control: Control, row: OperationRow) -> Json:
     """The model itself when it is there in time, otherwise the operation to ask for later."""
-    row = await checkpoints.promote(control, account, checkpoint, body)
     row = await operations.settled(control, row, _PROMOTE_HOLD_S)
     if row.error is not None:
         raise FailedPrecondition(str(row.error["message"]), reason="PROMOTION_FAILED")

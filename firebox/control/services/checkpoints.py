@@ -108,7 +108,8 @@ async def promoted_row(control: Control, operation: OperationRow, facts: dict[st
     """The model row for a finished export; `facts` come from its report."""
     request = operation.request
     base = await models.get(control, operation.account, request["base"].rpartition("/")[2])
-    facts = base.facts | facts | {"base_model": request["base"], "promoted_from": _origin(operation)}
+    inherited = {name: fact for name, fact in base.facts.items() if name != "aliases"}
+    facts = inherited | facts | {"base_model": request["base"], "promoted_from": _origin(operation)}
     return ModelRow(account=operation.account, id=request["output"], state="READY", facts=facts)
 
 

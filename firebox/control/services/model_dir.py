@@ -10,12 +10,43 @@ import math
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from firebox.wire.errors import InvalidArgument
 
 _MAX_HEADER_BYTES: Final = 100_000_000
-_NOT_NEEDED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.onnx", "*.gguf", ".git*")
+_NOT_NEEDED: Final = (
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.pkl",
+    "*.msgpack",
+    "*.h5",
+    "*.onnx",
+    "*.gguf",
+    "*.py",
+    ".git*",
+)
+
+
+_DTYPE_BYTES: Final = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
+
+
+class _Tensor(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape) if all(isinstance(n, int) and n >= 0 for n in self.shape) else -1
 
 
 def stage(source: Path, staging: Path) -> str:
@@ -36,8 +67,8 @@ def inspect(directory: Path) -> dict[str, Any]:
     if links:
         raise InvalidArgument(f"{links[0].name}: links are not accepted; copy the files themselves")
     config = _json(directory / "config.json")
-    for path in (directory / "config.json", directory / "tokenizer_config.json"):
-        if path.exists() and "auto_map" in _json(path):
+    for path in sorted(directory.rglob("*config*.json")):
+        if _has_key(_json(path), "auto_map"):
             raise InvalidArgument(f"{path.name}: auto_map asks for remote code, which is never run; use a plain model")
     if not (directory / "tokenizer.json").exists():
         raise InvalidArgument("tokenizer.json is missing; save the model's fast tokenizer beside it")
@@ -75,11 +106,25 @@ def _elements(path: Path) -> int:
         header = _decode(file.read(length), path.name)
     header.pop("__metadata__", None)
     try:
-        if any(not 0 <= t["data_offsets"][0] <= t["data_offsets"][1] <= size - 8 - length for t in header.values()):
-            raise InvalidArgument(f"{path.name}: the file is cut short; copy it again")
-        return sum(math.prod(tensor["shape"]) for tensor in header.values())
-    except (KeyError, IndexError, TypeError) as error:
+        tensors = [_Tensor(t["dtype"], tuple(t["shape"]), *t["data_offsets"]) for t in header.values()]
+        damaged = any(t.end - t.begin != t.num_elements * _DTYPE_BYTES[t.dtype] for t in tensors)
+    except (KeyError, TypeError) as error:
         raise InvalidArgument(f"{path.name}: the safetensors header is damaged ({error!r})") from error
+    # Readers map the file and trust the header: what it says must lie in the file, piece by piece.
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
+        damaged, end = damaged or tensor.begin != end, tensor.end
+    if damaged or end != size - 8 - length:
+        raise InvalidArgument(
+            f"{path.name}: its tensors do not fill the file; it was cut short or damaged, copy it again"
+        )
+    return sum(tensor.num_elements for tensor in tensors)
+
+
+def _has_key(value: Any, key: str) -> bool:
+    if isinstance(value, dict):
+        return key in value or any(_has_key(inner, key) for inner in value.values())
+    return isinstance(value, list) and any(_has_key(inner, key) for inner in value)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -16,15 +16,19 @@ from typing import Final, Literal
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from firebox.control.services import sessions
 from firebox.control.services.checkpoints import bury
 from firebox.control.services.context import Control
 from firebox.control.services.downloads import Offer
 from firebox.control.tables.run_checkpoints import RunCheckpointRow
+from firebox.control.tables.trainer_jobs import TrainerJobRow
 from firebox.control.tables.training_runs import TrainingRunRow
 from firebox.weights import manifest as manifests
 from firebox.weights.manifest import Manifest
 from firebox.wire import tinker
+from firebox.wire.control import Checkpoint, Promote, PromoteOfSession
 from firebox.wire.errors import FireboxError, InvalidArgument, NotFound
+from firebox.wire.names import resource
 from firebox.wire.tinker import CheckpointPath, CheckpointType, RunCheckpoint, SaveBody
 
 _FOLDERS: Final[dict[CheckpointType, str]] = {
@@ -67,6 +71,28 @@ async def locate(control: Control, account: str, path: CheckpointPath) -> Path:
 async def listing(control: Control, account: str, run: str | None = None) -> list[RunCheckpoint]:
     """What clients saved of a run, or of every run, oldest first; what is over is removed instead."""
     return [found for found in await _all(control, account, run) if not tinker.is_own(found.path)]
+
+
+async def of_session(control: Control, account: str, session: str) -> list[Checkpoint]:
+    """What the session's runs have saved, as resources of the control plane, oldest first."""
+    await sessions.get(control, account, session)
+    parent = resource(account, "trainingSessions", session)
+    found = [c for c in await listing(control, account) if tinker.session_of(c.path.run) == session]
+    return [_row(parent, checkpoint) for checkpoint in found]
+
+
+async def promotion(
+    control: Control, account: str, session: str, checkpoint: str, request: PromoteOfSession
+) -> Promote:
+    """The promotion of one of them, as that of the trainer job which holds it; raises NotFound naming the known."""
+    found = [c for c in await listing(control, account) if tinker.session_of(c.path.run) == session]
+    run = next((c.path.run for c in found if c.path.artifact == checkpoint), None)
+    if run is None:
+        known = ", ".join(c.path.artifact for c in found[-10:]) or "none"
+        raise NotFound(f"checkpoint {checkpoint!r} does not exist in session {session!r}; known: {known}")
+    row = await control.db.run(lambda database: database.get_one(TrainingRunRow, (account, run)))
+    job = resource(account, TrainerJobRow.collection, row.job)
+    return Promote(output_model=request.output_model, base_model=request.base_model, trainer_job_id=job)
 
 
 async def _all(control: Control, account: str, run: str | None) -> list[RunCheckpoint]:
@@ -147,6 +173,18 @@ def _scan(job: Path, runs: set[str], said: dict[str, RunCheckpointRow]) -> list[
             if path is not None and path.run in runs:
                 found += [_show(path, manifest, said.get(path.path)) for manifest in _manifest(directory, kind)]
     return sorted(found, key=lambda checkpoint: checkpoint.time)
+
+
+def _row(parent: str, checkpoint: RunCheckpoint) -> Checkpoint:
+    time = checkpoint.time.isoformat().replace("+00:00", "Z")
+    promotable = checkpoint.checkpoint_type != "training"
+    return Checkpoint(
+        name=f"{parent}/checkpoints/{checkpoint.path.artifact}",
+        create_time=time,
+        update_time=time,
+        checkpoint_type=f"CHECKPOINT_TYPE_{'INFERENCE' if promotable else 'TRAINING'}_LORA",
+        promotable=promotable,
+    )
 
 
 def _manifest(directory: Path, kind: Literal["training", "sampler"]) -> Iterator[Manifest]:

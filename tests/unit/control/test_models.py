@@ -41,6 +41,20 @@ def cut(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def header(**changes: Any) -> Callable[[Path], None]:
+    """The first tensor's entry in the header, with other values."""
+
+    def apply(directory: Path) -> None:
+        raw = (directory / "model.safetensors").read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        entries = json.loads(raw[8 : 8 + length])
+        entries["a"] |= changes
+        new = json.dumps(entries).encode()
+        (directory / "model.safetensors").write_bytes(len(new).to_bytes(8, "little") + new + raw[8 + length :])
+
+    return apply
+
+
 def link(directory: Path) -> None:
     (directory / "secret.json").symlink_to("/etc/passwd")
 
@@ -61,6 +75,13 @@ def link(directory: Path) -> None:
         (overwrite("model.safetensors", b""), "not a safetensors file"),
         (overwrite("model.safetensors", (9).to_bytes(8, "little") + b'{"a": {}}'), "damaged"),
         (cut, "cut short"),
+        (edit("generation_config.json", inner={"auto_map": {}}), "generation_config.json"),
+        (header(shape=[3, 3]), "do not fill"),
+        (header(shape=[-2, -3]), "do not fill"),
+        (header(dtype="F16"), "do not fill"),
+        (header(dtype="PICKLE"), "damaged"),
+        (header(data_offsets=[16, 40]), "do not fill"),
+        (header(data_offsets=[0, "24"]), "damaged"),
         (link, "links"),
     ],
 )
