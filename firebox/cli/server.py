@@ -38,6 +38,10 @@ def up(
         ),
     ] = "exact",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object per line.")] = False,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory for all workers together; what needs more waits. By default all there is.", min=0.1),
+    ] = None,
 ) -> None:
     """Start the server.
 
@@ -45,6 +49,7 @@ def up(
     """
     from firebox.cli.up import run
 
+    memory = int(memory_gib * 2**30) if memory_gib else None
     allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
-    data = data_dir.expanduser().resolve()
-    run(data, host, port, model or [], idle_minutes * 60, allow_dirs, mode=mode, log_json=log_json)
+    data, idle_s = data_dir.expanduser().resolve(), idle_minutes * 60
+    run(data, host, port, model or [], idle_s, allow_dirs, mode=mode, log_json=log_json, memory=memory)

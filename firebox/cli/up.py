@@ -34,6 +34,7 @@ from firebox.gateway.tinker import RootCalls
 from firebox.launch.host import KEEP_ALIVE_S
 from firebox.launch.lease import ServerLock
 from firebox.launch.local import LocalLauncher
+from firebox.launch.machine import Machine
 from firebox.wire.control import CreateModel
 from firebox.wire.errors import FailedPrecondition
 from firebox.wire.names import DEFAULT_ACCOUNT
@@ -53,11 +54,12 @@ def run(
     *,
     mode: ComputeMode = "exact",
     log_json: bool = False,
+    memory: int | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
-    Trainers may read adapters beneath `allow_dirs`. All workers compute in `mode`.
+    Trainers may read adapters beneath `allow_dirs`. All workers compute in `mode` and have `memory` bytes together.
     """
     logs.configure(as_json=log_json)
     layout = Layout(data_dir)
@@ -65,7 +67,7 @@ def run(
     lock = ServerLock(layout.lock)
     try:
         launcher = LocalLauncher(layout.run, layout.lock, mode=mode)
-        control = ControlPlane(layout, launcher, idle_s, allow_dirs)
+        control = ControlPlane(layout, launcher, Machine.here(memory), idle_s, allow_dirs)
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_serve(layout, listener, host, model_dirs, control))
     finally:

@@ -18,10 +18,12 @@ from starlette.exceptions import HTTPException
 
 from firebox import __version__
 from firebox.control.catalogue import load_templates
+from firebox.control.changes import Changes
 from firebox.control.database import Database
 from firebox.control.layout import Layout
 from firebox.control.reconcile.checkpoints import Promotions
 from firebox.control.reconcile.deployments import Deployments
+from firebox.control.reconcile.tombstones import Tombstones
 from firebox.control.reconcile.trainer_jobs import TrainerJobs
 from firebox.control.reconcile.training_runs import TrainingRuns
 from firebox.control.routes import (
@@ -40,8 +42,11 @@ from firebox.control.routes import (
     training_sessions,
     training_shapes,
 )
+from firebox.control.services.capacity import Capacity
 from firebox.control.services.context import Control
+from firebox.control.services.presence import Presence
 from firebox.launch.api import Launcher
+from firebox.launch.machine import Machine
 from firebox.launch.probe import ask
 from firebox.wire.errors import FireboxError, Internal, InvalidArgument, NotFound, envelope
 from firebox.wire.worker import ReplicaStatus, WorkerAddress
@@ -54,16 +59,22 @@ class ControlPlane:
     """The database, the reconcilers and the routes of one data directory. `start` needs a running event loop.
 
     After `idle_s` seconds without a request, sessions are put to sleep and pools are stopped. Trainers may read
-    adapters beneath `allow_dirs`.
+    adapters beneath `allow_dirs`. Workers get what `machine` has.
     """
 
-    def __init__(self, layout: Layout, launcher: Launcher, idle_s: float, allow_dirs: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, layout: Layout, launcher: Launcher, machine: Machine, idle_s: float, allow_dirs: Sequence[Path] = ()
+    ) -> None:
+        changes = Changes()
         self.context = Control(
             db=Database(layout.database),
             layout=layout,
-            templates=load_templates(),
+            templates=load_templates(layout.shapes),
             probe=_replica_status,
             ask=_post,
+            changes=changes,
+            capacity=Capacity(machine, changes.notify),
+            presence=Presence(idle_s),
             allow_dirs=allow_dirs,
         )
         self.app = _build_app(self.context)
@@ -71,7 +82,8 @@ class ControlPlane:
         self._jobs = TrainerJobs(self.context, launcher)
         self._deployments = Deployments(self.context, launcher)
         self._promotions = Promotions(self.context)
-        self._runs = TrainingRuns(self.context, idle_s)
+        self._runs = TrainingRuns(self.context)
+        self._tombstones = Tombstones(self.context)
 
     async def start(self) -> None:
         """Take up where an earlier server stopped: adopt its workers, end those that belong to nobody."""
@@ -79,10 +91,12 @@ class ControlPlane:
         await self._deployments.recover()
         await self._promotions.recover()
         await self._runs.recover()
+        self._tombstones.start()
         self._launcher.sweep()
 
     async def stop(self) -> None:
         """Stop reconciling, then every worker."""
+        await self._tombstones.close()
         await self._runs.close()
         await self._promotions.driver.close()
         await self._deployments.close()

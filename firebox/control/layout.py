@@ -16,6 +16,7 @@ class Layout:
         self.database = root / "firebox.db"
         self.run = root / "run"
         self.staging = root / "staging"
+        self.shapes = root / "shapes"
 
     def create(self) -> None:
         """Make the directory, readable by its owner only, and what a server expects inside."""

@@ -6,7 +6,7 @@ callback and is then looked at again, so nobody waits on it. Invariant: once `en
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -18,12 +18,14 @@ SpecFactory = Callable[[WorkerRuntime], TrainerSpec | SamplerSpec]
 
 
 class WorkerPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker to start: `ident` is unique on this server, `log` gets its stdout and stderr."""
+    """A worker to start: `ident` is unique on this server, `log` gets its stdout and stderr, and `devices` are the
+    accelerators that it sees, none of them by default."""
 
     ident: str
     kind: Literal["trainer", "sampler"]
     log: Path
     threads: int
+    devices: Sequence[str] = ()
     spec: SpecFactory
 
 
@@ -34,6 +36,8 @@ class Worker(Protocol):
     def ident(self) -> str: ...
     @property
     def address(self) -> WorkerAddress: ...
+    @property
+    def devices(self) -> Sequence[str]: ...
     @property
     def ready(self) -> bool: ...
     @property

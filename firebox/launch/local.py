@@ -43,9 +43,10 @@ class _SpecFile(msgspec.Struct, frozen=True):
 class LocalWorker:
     """One process group. `changed` is called when it becomes ready and when it ends."""
 
-    def __init__(self, ident: str, address: WorkerAddress, pid: int, changed: Callable[[], None]) -> None:
+    def __init__(self, ident: str, runtime: WorkerRuntime, pid: int, changed: Callable[[], None]) -> None:
         self.ident = ident
-        self.address = address
+        self.address = WorkerAddress(runtime.socket, runtime.token)
+        self.devices = runtime.devices
         self.pid = pid
         self.ready = False
         self.ended: str | None = None
@@ -115,7 +116,7 @@ class LocalLauncher:
             undo.pop_all()
         mark = _Mark(process.pid, started_at(process.pid) or "")
         _write_private(self._run_dir / f"{plan.ident}.pid", msgspec.json.encode(mark))
-        worker = LocalWorker(plan.ident, WorkerAddress(runtime.socket, runtime.token), process.pid, changed)
+        worker = LocalWorker(plan.ident, runtime, process.pid, changed)
         self._workers[plan.ident] = worker
         self._follow(self._until_ready(worker, read_fd))
         self._follow(self._until_gone(worker, process))
@@ -132,7 +133,7 @@ class LocalLauncher:
         except ProcessLookupError:
             return None
         runtime = msgspec.json.decode(spec.read_bytes(), type=_SpecFile).runtime
-        worker = LocalWorker(ident, WorkerAddress(runtime.socket, runtime.token), mark.pid, changed)
+        worker = LocalWorker(ident, runtime, mark.pid, changed)
         worker.ready = True
         self._workers[ident] = worker
         loop = asyncio.get_running_loop()
@@ -197,6 +198,7 @@ class LocalLauncher:
             orphan_grace_s=self._grace_s,
             ready_fd=ready_fd,
             threads=plan.threads,
+            devices=list(plan.devices),
             mode=self._mode,
         )
 
@@ -243,6 +245,7 @@ async def _spawn(command: Sequence[str], plan: WorkerPlan, ready_fd: int) -> asy
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": ",".join(plan.devices),  # empty hides them all: a CPU worker leaves them to others
     }
     with plan.log.open("ab") as log:
         return await asyncio.create_subprocess_exec(

@@ -120,11 +120,14 @@ class DeploymentShapeSnapshot(Camel):
 
 
 class ShapeVersion(Camel):
+    """`misfit` says why this server cannot run the shape, and is absent where it can."""
+
     name: str
     create_time: str
     latest_validated: bool = True
     public: bool = True
     validated: bool = True
+    misfit: str | None = None
     snapshot: TrainingShapeSnapshot | DeploymentShapeSnapshot
 
 
@@ -135,10 +138,15 @@ class TrainingConfig(Camel):
     max_context_length: int | None = Field(default=None, ge=1)
     projection_head_dim: int | None = None
     accelerator_type: str | None = None
+    accelerator_count: int | None = Field(default=None, ge=0)
+    custom_image_tag: str | None = None
+    region: str | None = None
     extra_args: list[str] | None = None
 
 
 class CreateTrainerJob(Camel):
+    """`inactivity_timeout` is a number of seconds, as in `1800s`. A region is kept and shown: there is one place."""
+
     training_config: TrainingConfig
     display_name: str | None = Field(default=None, max_length=63)
     forward_only: bool = False
@@ -146,6 +154,8 @@ class CreateTrainerJob(Camel):
     trainer_replica_count: int | None = None
     hot_load_deployment_id: str | None = None
     extra_values: dict[str, str] | None = None
+    inactivity_timeout: str | None = None
+    disable_inactivity_cleanup: bool = False
 
 
 class Status(Camel):
@@ -164,6 +174,7 @@ class TrainerJob(Camel):
     forward_only: bool
     display_name: str | None = None
     hot_load_deployment_id: str | None = None
+    inactivity_timeout: str | None = None
     status: Status | None = None
     status_message: str | None = None
 

@@ -30,6 +30,7 @@ class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
 
     `lease` is a file that the server keeps locked while it lives; a worker that finds it unlocked for
     `orphan_grace_s` seconds exits. `ready_fd` is an inherited pipe that gets one JSON `ReadyNotice` line.
+    `devices` are the accelerators it was given, as CUDA calls them.
     """
 
     socket: str
@@ -38,6 +39,7 @@ class WorkerRuntime(msgspec.Struct, frozen=True, kw_only=True):
     orphan_grace_s: float = 8.0
     ready_fd: int | None = None
     threads: int = 1
+    devices: list[str] = []
     mode: ComputeMode = "exact"
 
 

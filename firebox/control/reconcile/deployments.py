@@ -8,23 +8,26 @@ published, and a deployment is READY only when exactly the wanted ones run.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import httpx
 import msgspec
 
+from firebox.control.reconcile import claims
 from firebox.control.reconcile.driver import Driver
 from firebox.control.reconcile.log_tail import log_tail
-from firebox.control.services import deployments, hot_load, pools, serving_options
+from firebox.control.services import deployments, hot_load, pools, serving_options, training_shapes
 from firebox.control.services.context import Control
 from firebox.control.services.deployments import CREATING, DELETING, FAILED, LIVE, READY, UPDATING
 from firebox.control.services.serving_options import MAX_BATCH, MAX_CONTEXT
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.launch.api import Launcher, Worker, WorkerPlan
+from firebox.launch.machine import Device
 from firebox.launch.probe import ask
 from firebox.wire.errors import FireboxError
 from firebox.wire.worker import DEFAULT_MAX_BATCH, HotloadCommand, ReplicaStatus, SamplerSpec, WorkerRuntime
@@ -37,10 +40,12 @@ _LOSSES_WITHIN_S = 60.0
 
 @dataclass
 class _Replica:
-    """`applied` is the number of the last hot-load it answered; `fresh` until it has caught up with the others."""
+    """`holder` is what it has its capacity as. `applied` is the number of the last hot-load it answered; `fresh` until
+    it has caught up with the others."""
 
     worker: Worker
     generation: int
+    holder: str
     applied: int = 0
     fresh: bool = True
     served: bool = False
@@ -58,6 +63,7 @@ class Deployments:
         self._launcher = launcher
         self._replicas: dict[str, list[_Replica]] = {}
         self._losses: defaultdict[str, list[float]] = defaultdict(list)
+        self._waiting: dict[str, set[str]] = {}
         self.driver = Driver(control, DeploymentRow.collection, self._step, self._failed)
 
     async def recover(self) -> None:
@@ -67,10 +73,12 @@ class Deployments:
         """
         for row in await deployments.unfinished(self._control):
             replicas = []
-            for known in row.workers:
+            for place, known in enumerate(row.workers):
                 worker = self._launcher.adopt(known["ident"], self._kicker(row.name))
                 if worker is not None:
-                    replicas.append(_Replica(worker, known["generation"], fresh=False))
+                    holder = f"{row.name}#{known['generation']}.{place}"
+                    replicas.append(_Replica(worker, known["generation"], holder, fresh=False))
+                    await claims.restore(self._control, holder, deployments.shape_of(self._control, row), worker)
             self._replicas[row.name] = replicas
             if row.pooled and not replicas and row.state in LIVE:
                 await pools.stop_sampler(self._control, row.account, row.id)
@@ -89,6 +97,8 @@ class Deployments:
         replicas = self._replicas.setdefault(name, [])
         lost = [r for r in replicas if r.worker.ended is not None]
         replicas[:] = [r for r in replicas if r.worker.ended is None]
+        for replica in lost:
+            self._control.capacity.release(replica.holder)
         if row.state in LIVE:
             failed = [r for r in lost if r.generation == row.generation and not r.stopping]
             if failed and self._is_hopeless(row, failed):
@@ -100,12 +110,12 @@ class Deployments:
             await self._wind_down(row, replicas)
 
     async def _converge(self, row: DeploymentRow, wanted: int) -> None:
-        replicas, current = self._replicas[row.name], self._current(row)
-        if len(current) < wanted:
+        replicas, missing = self._replicas[row.name], wanted - len(self._current(row))
+        if missing > 0:
             await deployments.move(self._control, row, {READY}, UPDATING)
-        for _ in range(wanted - len(current)):
-            worker = await self._launcher.start(await self._plan(row), self._kicker(row.name))
-            replicas.append(_Replica(worker, row.generation))
+        taken = [replica.holder for replica in replicas]
+        places = (f"{row.name}#{row.generation}.{place}" for place in itertools.count())
+        await self._start(row, list(itertools.islice((p for p in places if p not in taken), max(0, missing))))
         current = self._current(row)
         for surplus in current[wanted:]:
             surplus.stop()
@@ -114,7 +124,9 @@ class Deployments:
             replica.served = replica.served or replica.worker.ready
             if replica.worker.ready and replica.loading is None and replica.applied < hot_load.wanted(row):
                 replica.loading = asyncio.create_task(self._hot_load(row, replica))
-        caught_up = all(r.worker.ready and (not r.fresh or r.applied == hot_load.wanted(row)) for r in current)
+        caught_up = len(current) == wanted and all(
+            r.worker.ready and (not r.fresh or r.applied == hot_load.wanted(row)) for r in current
+        )
         stale = [r for r in replicas if r not in current]
         if caught_up:
             for replica in current:
@@ -127,6 +139,19 @@ class Deployments:
             await deployments.set_workers(self._control, row, serving)
         if caught_up and not stale and row.state != READY:
             await deployments.move(self._control, row, {CREATING, UPDATING}, READY)
+
+    async def _start(self, row: DeploymentRow, holders: Sequence[str]) -> None:
+        """Start the replicas that are missing, as far as there is capacity; the others wait in line for theirs."""
+        for holder in self._waiting.pop(row.name, set()).difference(holders):
+            self._control.capacity.release(holder)
+        for holder in holders:
+            need = training_shapes.need(self._control, await deployments.shape_of(self._control, row))
+            devices = self._control.capacity.claim(holder, need)
+            if devices is None:
+                self._waiting.setdefault(row.name, set()).add(holder)
+                continue
+            worker = await self._launcher.start(await self._plan(row, devices), self._kicker(row.name))
+            self._replicas[row.name].append(_Replica(worker, row.generation, holder))
 
     async def _hot_load(self, row: DeploymentRow, replica: _Replica) -> None:
         """Bring one replica to the wanted snapshot; its own status tells whether that worked."""
@@ -159,6 +184,7 @@ class Deployments:
                 self._control.changes.notify(row.name)
 
     async def _wind_down(self, row: DeploymentRow, replicas: list[_Replica]) -> None:
+        await self._start(row, ())
         for replica in replicas:
             replica.stop()
         if row.state == DELETING and not replicas:
@@ -186,7 +212,7 @@ class Deployments:
     def _current(self, row: DeploymentRow) -> list[_Replica]:
         return [r for r in self._replicas[row.name] if r.generation == row.generation and not r.stopping]
 
-    async def _plan(self, row: DeploymentRow) -> WorkerPlan:
+    async def _plan(self, row: DeploymentRow, devices: Sequence[Device]) -> WorkerPlan:
         shape = await deployments.shape_of(self._control, row)
         base, model_dir, adapter_dir = await deployments.served_model(self._control, row)
         options = serving_options.parse(row.request.get("extraArgs"), row.request.get("extraValues"))
@@ -209,7 +235,8 @@ class Deployments:
             ident=f"s-{uuid.uuid4().hex[:8]}",
             kind="sampler",
             log=self._control.layout.deployment_log(row.account, row.id),
-            threads=shape.template.num_threads,
+            threads=self._control.capacity.threads(shape.template.threads),
+            devices=[device.ordinal for device in devices if device.ordinal],
             spec=spec,
         )
 

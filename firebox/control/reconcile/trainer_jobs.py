@@ -1,21 +1,34 @@
-"""One trainer process per live job: start it, notice its end, stop it.
+"""One trainer process per live job: admit it, start it, notice its end, stop it.
 
 Knows launch and the job's wanted state; decides no state that services would not allow. Invariant: a job is RUNNING
-only while its worker is ready, and its address is published for exactly that time.
+only while its worker is ready, its address is published for exactly that time, and capacity is held for as long as
+there is a process.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from firebox.control.reconcile import claims
 from firebox.control.reconcile.driver import Driver
 from firebox.control.reconcile.log_tail import log_tail
-from firebox.control.services import checkpoints, trainer_jobs
+from firebox.control.services import checkpoints, job_requests, trainer_jobs, training_shapes
 from firebox.control.services.context import Control
-from firebox.control.services.trainer_jobs import CANCELLED, CANCELLING, CREATING, DELETED, DELETING, FAILED, RUNNING
-from firebox.control.tables.trainer_jobs import TrainerJobRow
+from firebox.control.services.training_shapes import Shape
+from firebox.control.tables.trainer_jobs import (
+    CANCELLED,
+    CANCELLING,
+    CREATING,
+    DELETED,
+    DELETING,
+    FAILED,
+    PENDING,
+    RUNNING,
+    TrainerJobRow,
+)
 from firebox.launch.api import Launcher, Worker, WorkerPlan
+from firebox.launch.machine import Device
 from firebox.wire.control import TrainingConfig
 from firebox.wire.worker import TrainerSpec, WorkerRuntime
 
@@ -25,48 +38,72 @@ class TrainerJobs:
         self._control = control
         self._launcher = launcher
         self._workers: dict[str, Worker] = {}
+        self._stopping: set[str] = set()
         self.driver = Driver(control, TrainerJobRow.collection, self._step, self._failed)
 
     async def recover(self) -> None:
         """Take back the workers of an earlier server; a job whose worker is gone fails when it is looked at."""
-        for row in await trainer_jobs.unfinished(self._control):
+        rows = await trainer_jobs.unfinished(self._control)
+        for row in rows:
             worker = row.worker and self._launcher.adopt(row.worker, self._kicker(row.name))
             if worker:
                 self._workers[row.name] = worker
                 self._control.fleet.publish(row.name, [worker.address])
+                await claims.restore(self._control, row.name, trainer_jobs.shape_of(self._control, row), worker)
+        for row in rows:
             self.driver.kick(row.name)
 
     async def _step(self, name: str) -> None:
         row = await trainer_jobs.by_name(self._control, name)
-        worker = self._workers.get(name)
+        worker, ended = self._workers.get(name), None
         if worker is not None and worker.ended is not None:
             del self._workers[name]
-        if worker is None or worker.ended is not None or row.state != RUNNING:
+            ended = None if name in self._stopping else worker.ended
+            self._stopping.discard(name)
+            worker = None
+        if row.state != RUNNING or worker is None:
             self._control.fleet.publish(name, ())
-        if row.state == CREATING:
-            await self._create(row, worker)
-        elif row.state == RUNNING and (worker is None or worker.ended is not None):
-            how = worker.ended if worker is not None else None
-            await self._fail(row, "the trainer ended", how or "it was gone when the server started")
-        elif row.state in (CANCELLING, DELETING):
-            await self._stop(row, worker)
+            self._control.presence.forget(name)
+        if row.state in (PENDING, CREATING):
+            await self._bring_up(row, worker, ended)
+        elif row.state == RUNNING and worker is None:
+            await self._fail(row, "the trainer ended", ended or "it was gone when the server started")
+        elif row.state == RUNNING:
+            self._watch(row)
+        elif worker is not None:
+            self._stopping.add(name)
+            worker.stop()
+        else:
+            self._control.capacity.release(name)
+            final = {CANCELLING: CANCELLED, DELETING: DELETED}.get(row.state, row.state)
+            if final != row.state:
+                await trainer_jobs.move(self._control, row, {row.state}, final, worker=None)
 
-    async def _create(self, row: TrainerJobRow, worker: Worker | None) -> None:
-        if worker is None:
-            plan = await self._plan(row)
-            self._workers[row.name] = await self._launcher.start(plan, self._kicker(row.name))
-        elif worker.ended is not None:
-            await self._fail(row, "the trainer could not start", worker.ended)
-        elif worker.ready:
+    async def _bring_up(self, row: TrainerJobRow, worker: Worker | None, ended: str | None) -> None:
+        if ended is not None:
+            await self._fail(row, "the trainer could not start", ended)
+        elif worker is None:
+            await self._start(row)
+        elif worker.ready and row.name not in self._stopping:
             self._control.fleet.publish(row.name, [worker.address])
             await trainer_jobs.move(self._control, row, {CREATING}, RUNNING, worker=worker.ident)
 
-    async def _stop(self, row: TrainerJobRow, worker: Worker | None) -> None:
-        if worker is not None and worker.ended is None:
-            worker.stop()
-            return
-        final = CANCELLED if row.state == CANCELLING else DELETED
-        await trainer_jobs.move(self._control, row, {row.state}, final, worker=None)
+    async def _start(self, row: TrainerJobRow) -> None:
+        shape = await trainer_jobs.shape_of(self._control, row)
+        devices = self._control.capacity.claim(row.name, training_shapes.need(self._control, shape))
+        if devices is None:
+            await trainer_jobs.move(self._control, row, {CREATING}, PENDING, worker=None)
+        elif row.state == PENDING:
+            await trainer_jobs.move(self._control, row, {PENDING}, CREATING, worker=None)
+        else:
+            plan = self._plan(row, shape, devices)
+            self._workers[row.name] = await self._launcher.start(plan, self._kicker(row.name))
+
+    def _watch(self, row: TrainerJobRow) -> None:
+        """Have the job paused when nobody uses it any more; a pooled one is watched by who uses it."""
+        idle_s = trainer_jobs.inactivity_s(row)
+        if idle_s is not None and not row.pooled and not self._control.presence.knows(row.name):
+            self._control.presence.touch(row.name, idle_s)
 
     async def _fail(self, row: TrainerJobRow, what: str, how: str) -> None:
         newest = await checkpoints.newest_checkpoint(self._control, row.account, row.id)
@@ -79,10 +116,9 @@ class TrainerJobs:
         row = await trainer_jobs.by_name(self._control, name)
         await trainer_jobs.move(self._control, row, {CREATING, RUNNING}, FAILED, worker=None, message=reason)
 
-    async def _plan(self, row: TrainerJobRow) -> WorkerPlan:
-        shape = await trainer_jobs.shape_of(self._control, row)
+    def _plan(self, row: TrainerJobRow, shape: Shape, devices: Sequence[Device]) -> WorkerPlan:
         config = TrainingConfig.model_validate(row.request["trainingConfig"])
-        layout = self._control.layout
+        layout, threads = self._control.layout, job_requests.num_threads(config.extra_args)
 
         def spec(runtime: WorkerRuntime) -> TrainerSpec:
             return TrainerSpec(
@@ -105,7 +141,8 @@ class TrainerJobs:
             ident=f"t-{uuid.uuid4().hex[:8]}",
             kind="trainer",
             log=layout.job_log(row.account, row.id),
-            threads=shape.template.num_threads,
+            threads=threads or self._control.capacity.threads(shape.template.threads),
+            devices=[device.ordinal for device in devices if device.ordinal],
             spec=spec,
         )
 

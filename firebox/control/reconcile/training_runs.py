@@ -1,4 +1,4 @@
-"""Parks the training runs of sessions that fell silent, and stops the pools that nobody uses.
+"""Parks the training runs of sessions that fell silent, and stops the pools and trainer jobs that nobody uses.
 
 Sleeps until the first of them may be idle; nothing is polled. Invariant: a pooled trainer is stopped only when it holds
 no run, so a stop loses nothing.
@@ -15,7 +15,7 @@ from firebox.control.services.context import Control
 from firebox.control.services.presence import Place
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.control.tables.sessions import SessionRow
-from firebox.control.tables.trainer_jobs import TrainerJobRow
+from firebox.control.tables.trainer_jobs import RUNNING, TrainerJobRow
 from firebox.wire.errors import FireboxError
 from firebox.wire.names import resource
 
@@ -25,11 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class TrainingRuns:
-    """`idle_s` is how long a session may be silent, and a pool unused."""
-
-    def __init__(self, control: Control, idle_s: float) -> None:
+    def __init__(self, control: Control) -> None:
         self._control = control
-        self._idle_s = idle_s
         self._task: asyncio.Task[None] | None = None
 
     async def recover(self) -> None:
@@ -68,13 +65,10 @@ class TrainingRuns:
     async def _watch(self) -> None:
         presence = self._control.presence
         while True:
-            left = presence.first_idle_in(self._idle_s)
-            if left is None:
-                presence.grown.clear()
-                await presence.grown.wait()
-                continue
-            await asyncio.sleep(left)
-            for name in presence.idle_names(self._idle_s):
+            presence.grown.clear()  # a new name may fall idle before those that are there
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(presence.grown.wait(), presence.first_idle_in())
+            for name in presence.idle_names():
                 presence.forget(name)
                 try:
                     await self._idle(name)
@@ -90,7 +84,8 @@ class TrainingRuns:
         elif collection == DeploymentRow.collection:
             await pools.stop_sampler(self._control, account, ident)
         elif collection == TrainerJobRow.collection:
-            await self._stop_trainer(account, ident, name)
+            job = await trainer_jobs.get(self._control, account, ident)
+            await (self._stop_pool(job) if job.pooled else trainer_jobs.pause(self._control, job))
 
     async def _park(self, account: str, run: str) -> None:
         try:
@@ -99,16 +94,15 @@ class TrainingRuns:
         except FireboxError as error:
             log.warning("training run %s could not be parked: %s", run, error.message)
 
-    async def _stop_trainer(self, account: str, ident: str, name: str) -> None:
-        async with self._control.presence.lock(name):
-            addresses = self._control.fleet.all(name)
+    async def _stop_pool(self, row: TrainerJobRow) -> None:
+        async with self._control.presence.lock(row.name):
+            addresses = self._control.fleet.all(row.name)
             if any(self._control.presence.loaded_in(address) for address in addresses):
-                self._control.presence.touch(name)  # its sessions live, they merely did not ask for anything
+                self._control.presence.touch(row.name)  # its sessions live, they merely did not ask for anything
                 return
-            row = await trainer_jobs.get(self._control, account, ident)
-            if row.state == trainer_jobs.RUNNING:
-                await trainer_jobs.cancel(self._control, account, ident)
-        await run_checkpoints.listing(self._control, account)  # removes what is over
+            if (await trainer_jobs.get(self._control, row.account, row.id)).state == RUNNING:
+                await trainer_jobs.cancel(self._control, row.account, row.id)
+        await run_checkpoints.listing(self._control, row.account)  # removes what is over
 
 
 def _report(name: str, error: Exception) -> None:

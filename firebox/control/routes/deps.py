@@ -43,7 +43,16 @@ def _hold(prefer: Annotated[str, Header()] = "") -> float:
     return 0.0 if prefer.replace(" ", "") == "wait=0" else GET_HOLD_S
 
 
+class ListQuery:
+    """The list parameters of public clients."""
+
+    def __init__(self, filter: str = "", orderBy: str = "", pageSize: int = 0, pageToken: str = "") -> None:
+        self.filter, self.order_by = filter, orderBy
+        self.page_size, self.page_token = pageSize, pageToken
+
+
 Ctx = Annotated[Control, Depends(_control)]
 Caller = Annotated[str, Depends(_caller)]
 Account = Annotated[str, Depends(own_account)]
 Hold = Annotated[float, Depends(_hold)]
+Listing = Annotated[ListQuery, Depends()]

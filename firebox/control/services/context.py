@@ -12,6 +12,7 @@ from firebox.control.catalogue import Template
 from firebox.control.changes import Changes
 from firebox.control.database import Database
 from firebox.control.layout import Layout
+from firebox.control.services.capacity import Capacity
 from firebox.control.services.downloads import Downloads
 from firebox.control.services.fleet import Fleet
 from firebox.control.services.keyring import Keyring
@@ -27,25 +28,21 @@ MAX_PAGE = 200
 
 @dataclass(frozen=True)
 class Control:
-    """`accelerators` are the accelerator types that workers of this host can drive, besides its CPU. `ask` posts a body
-    to a path of a worker and returns the answer, and raises httpx.HTTPError when there is none. `allow_dirs` are the
-    folders of this machine, besides the data directory, that trainers may read adapters from."""
+    """`ask` posts a body to a path of a worker and returns the answer, and raises httpx.HTTPError when there is none.
+    `allow_dirs` are the folders of this machine, besides the data directory, that trainers may read adapters from."""
 
     db: Database
     layout: Layout
     templates: Sequence[Template]
     probe: Callable[[WorkerAddress], Awaitable[ReplicaStatus]]
     ask: Callable[[WorkerAddress, str, bytes], Awaitable[bytes]]
-    changes: Changes = field(default_factory=Changes)
+    changes: Changes
+    capacity: Capacity
+    presence: Presence
     fleet: Fleet = field(default_factory=Fleet)
     keyring: Keyring = field(default_factory=Keyring)
-    presence: Presence = field(default_factory=Presence)
     downloads: Downloads = field(default_factory=Downloads)
-    accelerators: Sequence[str] = ()
     allow_dirs: Sequence[Path] = ()
-
-    def runs_here(self, template: Template) -> bool:
-        return template.accelerator_count == 0 or template.accelerator_type in self.accelerators
 
 
 def own(account: str, name: str, collection: str, *, field: str) -> str:

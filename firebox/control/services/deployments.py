@@ -17,7 +17,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from firebox.control.services import buckets, models, serving_options, training_shapes
-from firebox.control.services.context import Control, canonical
+from firebox.control.services.context import Control, canonical, own
 from firebox.control.services.training_shapes import Shape
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.control.tables.models import ModelRow
@@ -46,8 +46,8 @@ async def create(
     """
     ident = check_id("deploymentId", ident or f"deployment-{uuid.uuid4().hex[:8]}")
     serving_options.parse(request.extra_args, request.extra_values)
-    request.base_model = canonical(account, request.base_model, "models", field="baseModel")
-    model = await models.get(control, account, request.base_model.rpartition("/")[2])
+    model = await models.get(control, account, own(account, request.base_model, "models", field="baseModel"))
+    request.base_model = model.name
     if request.hot_load_trainer_job:
         request.hot_load_trainer_job = _job_name(account, request.hot_load_trainer_job)
     await buckets.check_deployment(control, account, resource(account, DeploymentRow.collection, ident), request.wire())
@@ -244,7 +244,7 @@ def show(control: Control, row: DeploymentRow) -> Deployment:
         hot_load_bucket_url=control.layout.job(row.account, job.rpartition("/")[2]).as_uri() if job else None,
         annotations=request.annotations,
         status=Status(code=Unavailable.code, message=row.status_message) if row.state == FAILED else None,
-        status_message=row.status_message or None,
+        status_message=row.status_message or control.capacity.why_waiting(row.name) or None,
     )
 
 

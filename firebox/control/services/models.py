@@ -18,14 +18,13 @@ from firebox.control.services import model_dir
 from firebox.control.services.context import Control
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.control.tables.models import ModelRow
-from firebox.control.tables.trainer_jobs import TrainerJobRow
+from firebox.control.tables.trainer_jobs import UNFINISHED, TrainerJobRow
 from firebox.wire.control import BaseModelDetails, CreateModel, Model, PeftDetails
 from firebox.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound
 from firebox.wire.names import SHARED_ACCOUNT, check_model_id, resource
 
 _STAGED = re.compile(r"[0-9a-f]{32}")
-_ALIAS = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-_ENDED = ("JOB_STATE_FAILED", "JOB_STATE_CANCELLED", "JOB_STATE_COMPLETED", "JOB_STATE_DELETED", "FAILED")
+_ALIAS = re.compile(rf"([\w.-]{{1,96}}|accounts/{SHARED_ACCOUNT}/models)/[\w.-]{{1,96}}", re.ASCII)
 
 
 async def listing(control: Control, account: str) -> Sequence[ModelRow]:
@@ -35,12 +34,24 @@ async def listing(control: Control, account: str) -> Sequence[ModelRow]:
 
 
 async def get(control: Control, account: str, ident: str) -> ModelRow:
-    """One model; raises NotFound naming those that exist."""
+    """One model, by its id or the id that one of its aliases makes; raises NotFound naming those that exist."""
     row = await control.db.run(lambda session: session.get(ModelRow, (account, ident)))
-    if row is None:
-        known = ", ".join(model.id for model in await listing(control, account)) or "none yet"
-        raise NotFound(f"model {ident!r} is not registered; known models: {known}. Add one: firebox models add")
-    return row
+    if row is not None:
+        return row
+    rows = await listing(control, account)
+    for other in rows:
+        if ident in alias_ids(other):
+            return other
+    known = ", ".join(model.id for model in rows) or "none yet"
+    raise NotFound(
+        f"model {ident!r} is not registered; known models: {known}. Add one: firebox models add; or let one answer to "
+        "this name: firebox models alias"
+    )
+
+
+def alias_ids(row: ModelRow) -> list[str]:
+    """The model ids that the aliases stand for: `Qwen/Qwen3-8B` and `accounts/fireworks/models/qwen3-8b` are one."""
+    return [str(alias).rpartition("/")[2].lower() for alias in row.facts.get("aliases", ())]
 
 
 async def resolve(control: Control, account: str, name: str, *, field: str) -> ModelRow:
@@ -60,15 +71,18 @@ async def set_aliases(control: Control, account: str, ident: str, aliases: Seque
     """The other names that the model answers to from now on; raises AlreadyExists when one is taken."""
     for alias in aliases:
         if not _ALIAS.fullmatch(alias):
-            raise InvalidArgument(f"aliases: {alias!r} is not a hub name; expected <organization>/<model>")
+            raise InvalidArgument(
+                f"aliases: {alias!r} is not a name of a public model; expected <organization>/<model> or "
+                f"accounts/{SHARED_ACCOUNT}/models/<model>"
+            )
     row = await get(control, account, ident)
     for other in await listing(control, account):
         taken = set(aliases) & set(other.facts.get("aliases", ()))
-        if other.id != ident and taken:
+        if other.id != row.id and taken:
             raise AlreadyExists(f"aliases: {min(taken)!r} is an alias of {other.id!r}; take it away there first")
 
     def work(session: Session) -> ModelRow:
-        stored = session.get_one(ModelRow, (account, ident))
+        stored = session.get_one(ModelRow, (account, row.id))
         stored.facts = row.facts | {"aliases": list(aliases)}
         return stored
 
@@ -104,16 +118,16 @@ async def delete(control: Control, account: str, ident: str) -> None:
     row = await get(control, account, ident)
 
     def work(session: Session) -> None:
-        jobs = session.scalars(select(TrainerJobRow).where(TrainerJobRow.state.not_in(_ENDED))).all()
-        deployments = session.scalars(select(DeploymentRow).where(DeploymentRow.state.not_in(_ENDED))).all()
+        jobs = session.scalars(select(TrainerJobRow).where(TrainerJobRow.state.in_(UNFINISHED))).all()
+        deployments = session.scalars(select(DeploymentRow).where(DeploymentRow.state != "FAILED")).all()
         users = [job.name for job in jobs if job.request["trainingConfig"]["baseModel"] == row.name]
         users += [deployment.name for deployment in deployments if deployment.request["baseModel"] == row.name]
         if users:
             raise FailedPrecondition(f"model {ident!r} is in use by {', '.join(users)}; delete those first")
-        session.delete(session.get_one(ModelRow, (account, ident)))
+        session.delete(session.get_one(ModelRow, (account, row.id)))
 
     await control.db.run(work)
-    await asyncio.to_thread(shutil.rmtree, control.layout.model(account, ident), True)
+    await asyncio.to_thread(shutil.rmtree, control.layout.model(account, row.id), True)
 
 
 def show(row: ModelRow) -> Model:

@@ -11,10 +11,9 @@ from typing import Final
 from firebox.control.services import deployments, trainer_jobs
 from firebox.control.services.context import Control
 from firebox.control.services.presence import Place
-from firebox.control.services.trainer_jobs import CANCELLED, CANCELLING, FAILED, RUNNING
 from firebox.control.tables.deployments import DeploymentRow
 from firebox.control.tables.models import ModelRow
-from firebox.control.tables.trainer_jobs import TrainerJobRow
+from firebox.control.tables.trainer_jobs import CANCELLING, FAILED, PENDING, RESUMABLE, RUNNING, TrainerJobRow
 from firebox.wire.control import CreateDeployment, CreateTrainerJob, TrainingConfig, UpdateDeployment
 from firebox.wire.errors import FailedPrecondition, InvalidArgument, Unavailable
 from firebox.wire.names import resource
@@ -39,7 +38,7 @@ async def trainer(control: Control, account: str, model: ModelRow) -> Place:
     if row is None:
         request = CreateTrainerJob(training_config=TrainingConfig(base_model=model.name, lora_rank=MAX_RANK))
         row = await trainer_jobs.create(control, account, request, pool_id(model.id), "", pooled=True)
-    elif row.state in (CANCELLED, FAILED):
+    elif row.state in RESUMABLE:
         row = await trainer_jobs.resume(control, account, row.id)
     row = await trainer_jobs.settled(control, row, _START_WITHIN_S)
     return running(control, row)
@@ -53,6 +52,8 @@ def running(control: Control, row: TrainerJobRow) -> Place:
         return Place(row.id, row.name, row.worker, address)
     if row.state == FAILED:
         raise FailedPrecondition(f"the trainer of this base model did not start: {row.status_message}")
+    if row.state == PENDING:
+        raise Unavailable(f"the trainer of this base model is {trainer_jobs.status_message(control, row)}; try again")
     raise Unavailable(f"the trainer of this base model is not ready (state {row.state}); try again")
 
 

@@ -33,35 +33,47 @@ class Sampled(NamedTuple):
 
 
 class Presence:
-    def __init__(self) -> None:
+    """`idle_s` is how long a name may go unheard, unless it was first heard of with another number of seconds."""
+
+    def __init__(self, idle_s: float) -> None:
         self.grown = asyncio.Event()
         """Set whenever a name is added, for who waits for the first to fall idle."""
+        self._idle_s = idle_s
+        self._allowed: dict[str, float] = {}
         self._seen: dict[str, float] = {}
         self._loaded: dict[str, Place] = {}
         self.sampled: dict[str, Sampled] = {}
         """By sampler name; never out of date, because samplers do not change."""
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    def touch(self, name: str) -> None:
+    def touch(self, name: str, idle_s: float | None = None) -> None:
         """`name` is in use right now."""
         if name not in self._seen:
+            self._allowed[name] = self._idle_s if idle_s is None else idle_s
             self.grown.set()
         self._seen[name] = time.monotonic()
+
+    def renew(self, name: str) -> None:
+        """`name` is in use right now, if anyone watches it."""
+        if name in self._seen:
+            self.touch(name)
 
     def knows(self, name: str) -> bool:
         return name in self._seen
 
     def forget(self, name: str) -> None:
         self._seen.pop(name, None)
+        self._allowed.pop(name, None)
 
-    def idle_names(self, for_s: float) -> list[str]:
-        """What was not touched for `for_s` seconds."""
-        since = time.monotonic() - for_s
-        return [name for name, seen in self._seen.items() if seen <= since]
+    def idle_names(self) -> list[str]:
+        """What was not touched for as long as it may be."""
+        now = time.monotonic()
+        return [name for name, seen in self._seen.items() if seen + self._allowed[name] <= now]
 
-    def first_idle_in(self, for_s: float) -> float | None:
-        """Seconds until some name will not have been touched for `for_s` seconds; None when there is none."""
-        return max(0.0, min(self._seen.values()) + for_s - time.monotonic()) if self._seen else None
+    def first_idle_in(self) -> float | None:
+        """Seconds until some name will have been untouched for as long as it may be; None when there is none."""
+        ends = [seen + self._allowed[name] for name, seen in self._seen.items()]
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
 
     def lock(self, pool: str) -> asyncio.Lock:
         """Held by whoever starts the pooled job or deployment `pool`, or changes which runs it holds."""

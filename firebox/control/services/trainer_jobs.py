@@ -1,6 +1,7 @@
-"""Trainer jobs: what may be created, what follows a failure, what a deleted job leaves behind.
+"""Trainer jobs: what may follow what, and what a deleted job leaves behind.
 
-    CREATING -> RUNNING -> FAILED | CANCELLING -> CANCELLED | DELETING -> DELETED      FAILED, CANCELLED -> CREATING
+    CREATING <-> PENDING        CREATING -> RUNNING -> PAUSED | FAILED | CANCELLING -> CANCELLED
+    any -> DELETING -> DELETED -> ARCHIVED              PAUSED, FAILED, CANCELLED -> CREATING
 
 Knows no process: reconcile reports what became of the worker through `move`. Invariant: a state is only left for
 one that the diagram allows, so a late report about an old worker changes nothing.
@@ -15,26 +16,30 @@ from typing import Final
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from firebox.control.services import buckets, models, training_shapes
-from firebox.control.services.context import Control, canonical
+from firebox.control.services import buckets, job_requests, training_shapes
+from firebox.control.services.context import Control
 from firebox.control.services.training_shapes import Shape
-from firebox.control.tables.trainer_jobs import TrainerJobRow
-from firebox.wire.control import CreateTrainerJob, Status, TrainerJob, TrainerMode, TrainingConfig
-from firebox.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, Unavailable
+from firebox.control.tables.trainer_jobs import (
+    ARCHIVED,
+    CANCELLING,
+    CREATING,
+    DELETED,
+    DELETING,
+    FAILED,
+    PAUSED,
+    PENDING,
+    RESUMABLE,
+    RUNNING,
+    TOMBSTONES,
+    TRANSITIONAL,
+    UNFINISHED,
+    TrainerJobRow,
+)
+from firebox.wire.control import CreateTrainerJob, Status, TrainerJob, TrainingConfig
+from firebox.wire.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from firebox.wire.names import check_id, resource, split_resource
 from firebox.wire.worker import WorkerAddress
 
-CREATING: Final = "JOB_STATE_CREATING"
-RUNNING: Final = "JOB_STATE_RUNNING"
-FAILED: Final = "JOB_STATE_FAILED"
-CANCELLING: Final = "JOB_STATE_CANCELLING"
-CANCELLED: Final = "JOB_STATE_CANCELLED"
-DELETING: Final = "JOB_STATE_DELETING"
-DELETED: Final = "JOB_STATE_DELETED"
-
-TRANSITIONAL: Final = frozenset({CREATING, CANCELLING, DELETING})
-RESUMABLE: Final = frozenset({FAILED, CANCELLED})
-ALIVE: Final = frozenset({CREATING, RUNNING, CANCELLING})
 _UNAVAILABLE: Final = Unavailable.code
 
 
@@ -44,28 +49,13 @@ async def create(
     """Add a job in CREATING. `shape` is a shape or version name, or empty to have one selected.
 
     Raises InvalidArgument for what this server cannot do, NotFound for an unknown model or shape and AlreadyExists
-    for a used id.
+    for a used id, saying whether the job of that name is the same one.
     """
     ident = check_id("rlorTrainerJobId", ident or f"training-api-service-{uuid.uuid4().hex[:8]}")
-    _refuse_unsupported(request)
-    config = request.training_config
-    if not config.base_model:
-        raise InvalidArgument(
-            "trainingConfig.baseModel: a model name is needed, for example accounts/local/models/tiny"
-        )
-    config.base_model = canonical(account, config.base_model, "models", field="trainingConfig.baseModel")
-    await models.get(control, account, config.base_model.rpartition("/")[2])
     if request.hot_load_deployment_id:
         request.hot_load_deployment_id = buckets.deployment_name(account, request.hot_load_deployment_id)
+    chosen = await job_requests.resolve(control, account, request, shape)
     await buckets.check_job(control, account, ident, request.wire())
-    chosen = await _choose(control, account, request, shape)
-    if config.max_context_length and config.max_context_length > chosen.context_length:
-        raise InvalidArgument(
-            f"trainingConfig.maxContextLength: {config.max_context_length} is more than {chosen.id!r} supports, "
-            f"which is {chosen.context_length}"
-        )
-    config.max_context_length = config.max_context_length or chosen.context_length
-    request.forward_only = request.forward_only or chosen.mode == "FORWARD_ONLY"
     row = TrainerJobRow(
         account=account,
         id=ident,
@@ -76,8 +66,9 @@ async def create(
     )
 
     def work(session: Session) -> None:
-        if session.get(TrainerJobRow, (account, ident)) is not None:
-            raise AlreadyExists(f"trainer job {ident!r} exists already; choose another id")
+        stored = session.get(TrainerJobRow, (account, ident))
+        if stored is not None:
+            raise _exists(stored, row)
         session.add(row)
 
     await control.db.run(work)
@@ -100,19 +91,22 @@ async def by_name(control: Control, name: str) -> TrainerJobRow:
     return await get(control, *split_resource(name, TrainerJobRow.collection))
 
 
-async def listing(control: Control, account: str, *, pooled: bool = False) -> Sequence[TrainerJobRow]:
-    """The account's jobs, newest first, tombstones left out; or, instead, the pooled ones."""
+async def listing(
+    control: Control, account: str, *, pooled: bool = False, deleted: bool = False
+) -> Sequence[TrainerJobRow]:
+    """The account's jobs, newest first, with tombstones only if `deleted`; or, instead, the pooled ones."""
     query = (
         select(TrainerJobRow)
-        .where(TrainerJobRow.account == account, TrainerJobRow.state != DELETED, TrainerJobRow.pooled.is_(pooled))
+        .where(TrainerJobRow.account == account, TrainerJobRow.pooled.is_(pooled))
+        .where(TrainerJobRow.state.not_in(() if deleted else TOMBSTONES))
         .order_by(TrainerJobRow.create_time.desc())
     )
     return await control.db.run(lambda session: session.scalars(query).all())
 
 
 async def unfinished(control: Control) -> Sequence[TrainerJobRow]:
-    """Jobs of every account that have, or are to have, a worker."""
-    query = select(TrainerJobRow).where(TrainerJobRow.state.in_(ALIVE | {DELETING}))
+    """Jobs of every account that have, or are to have, a worker, those that wait longest first."""
+    query = select(TrainerJobRow).where(TrainerJobRow.state.in_(UNFINISHED)).order_by(TrainerJobRow.update_time)
     return await control.db.run(lambda session: session.scalars(query).all())
 
 
@@ -125,7 +119,7 @@ async def resume(control: Control, account: str, ident: str) -> TrainerJobRow:
 
 async def cancel(control: Control, account: str, ident: str) -> TrainerJobRow:
     row = await get(control, account, ident)
-    return await _request(control, row, frozenset({CREATING, RUNNING}), CANCELLING, "cancelled")
+    return await _request(control, row, frozenset({PENDING, CREATING, RUNNING}), CANCELLING, "cancelled")
 
 
 async def delete(control: Control, account: str, ident: str) -> TrainerJobRow:
@@ -133,9 +127,31 @@ async def delete(control: Control, account: str, ident: str) -> TrainerJobRow:
     row = await get(control, account, ident)
     if row.pooled:
         raise FailedPrecondition(f"trainer job {ident!r} is the server's own; cancel it to stop it")
-    if row.state not in (DELETING, DELETED):
-        row = await _request(control, row, ALIVE | RESUMABLE, DELETING, "deleted")
+    if row.state not in TOMBSTONES | {DELETING}:
+        row = await _request(control, row, UNFINISHED | RESUMABLE, DELETING, "deleted")
     return row
+
+
+async def pause(control: Control, row: TrainerJobRow) -> None:
+    """Stop a running job that nobody has used for as long as it allows."""
+    after_s = inactivity_s(row)
+    message = f"stopped after {after_s:.0f} s without a call; resume it, then load a checkpoint"
+    await move(control, row, {RUNNING}, PAUSED, worker=None, message=message)
+
+
+def inactivity_s(row: TrainerJobRow) -> float | None:
+    return job_requests.inactivity_s(CreateTrainerJob.model_validate(row.request))
+
+
+async def archive(control: Control, row: TrainerJobRow) -> None:
+    """What the deleted job left behind is gone, too; its id stays taken."""
+    await move(control, row, {DELETED}, ARCHIVED, worker=None, message="its checkpoints were kept for 30 days")
+
+
+async def deleted_before(control: Control, time: str) -> Sequence[TrainerJobRow]:
+    """Jobs of every account that were deleted before `time` (RFC 3339) and are not archived yet."""
+    query = select(TrainerJobRow).where(TrainerJobRow.state == DELETED, TrainerJobRow.update_time < time)
+    return await control.db.run(lambda session: session.scalars(query).all())
 
 
 async def settled(control: Control, row: TrainerJobRow, within_s: float) -> TrainerJobRow:
@@ -171,17 +187,27 @@ async def shape_of(control: Control, row: TrainerJobRow) -> Shape:
 
 async def address(control: Control, account: str, ident: str) -> WorkerAddress:
     """Where the job's trainer listens; raises FailedPrecondition telling why there is none."""
-    serving = control.fleet.first(resource(account, TrainerJobRow.collection, ident))
+    name = resource(account, TrainerJobRow.collection, ident)
+    serving = control.fleet.first(name)
     if serving is not None:
+        control.presence.renew(name)
         return serving
     row = await get(control, account, ident)
     if row.state in (CREATING, RUNNING):
         raise Unavailable(f"trainer job {ident!r} is not answering yet (state {row.state}); try again")
-    advice = f"; resume it, then load a checkpoint. {row.status_message}" if row.state in RESUMABLE else ""
-    raise FailedPrecondition(f"trainer job {ident!r} is in state {row.state}{advice}", reason="TRAINER_NOT_RUNNING")
+    advice = "resume it, then load a checkpoint. " if row.state in RESUMABLE else ""
+    raise FailedPrecondition(
+        f"trainer job {ident!r} is in state {row.state}; {advice}{status_message(control, row)}",
+        reason="TRAINER_NOT_RUNNING",
+    )
 
 
-def show(row: TrainerJobRow) -> TrainerJob:
+def status_message(control: Control, row: TrainerJobRow) -> str:
+    """What there is to say about the job's state; empty when it needs no words."""
+    return control.capacity.why_waiting(row.name) if row.state == PENDING else row.status_message
+
+
+def show(control: Control, row: TrainerJobRow) -> TrainerJob:
     request = row.request
     status = Status(code=_UNAVAILABLE, message=row.status_message) if row.state == FAILED else None
     return TrainerJob(
@@ -194,8 +220,9 @@ def show(row: TrainerJobRow) -> TrainerJob:
         forward_only=request.get("forwardOnly", False),
         display_name=request.get("displayName"),
         hot_load_deployment_id=request.get("hotLoadDeploymentId"),
+        inactivity_timeout=request.get("inactivityTimeout"),
         status=status,
-        status_message=row.status_message or None,
+        status_message=status_message(control, row) or None,
     )
 
 
@@ -216,32 +243,16 @@ async def _request(
     return changed
 
 
-async def _choose(control: Control, account: str, request: CreateTrainerJob, ref: str) -> Shape:
-    config = request.training_config
-    shapes = await training_shapes.training(control, account)
-    if not ref:
-        mode: TrainerMode = "LORA_TRAINER" if config.lora_rank else "POLICY_TRAINER"
-        return training_shapes.select_shape(control, shapes, config.base_model, mode, config.accelerator_type)
-    shape = training_shapes.find(shapes, account, ref, field="trainingShape")
-    if shape.model.name != config.base_model:
-        raise InvalidArgument(f"trainingConfig.baseModel: {shape.id!r} is a shape of {shape.model.name!r}")
-    if (config.lora_rank > 0) != (shape.mode == "LORA_TRAINER") and not (request.forward_only and not config.lora_rank):
-        right = f"{shape.model.id}-{shape.template.id}{'-lora' if config.lora_rank else ''}"
-        raise InvalidArgument(
-            f"trainingConfig.loraRank: {config.lora_rank} does not go with {shape.id!r} ({shape.mode}); use {right!r}"
+def _exists(stored: TrainerJobRow, asked: TrainerJobRow) -> AlreadyExists:
+    """Why `asked` cannot be added: `stored` has its id. A client that merely repeated itself goes on with that one."""
+    differing = job_requests.differences(stored.request, asked.request)
+    if stored.training_shape != asked.training_shape:
+        differing.append(f"trainingShape is {stored.training_shape!r} there and {asked.training_shape!r} here")
+    if stored.state in TOMBSTONES:
+        return AlreadyExists(f"trainer job {stored.id!r} was deleted, and its id is kept; choose another id")
+    if differing:
+        return AlreadyExists(
+            f"trainer job {stored.id!r} exists already and is another one: {'; '.join(differing)}; choose another id",
+            reason="EXISTS_WITH_OTHER_SETTINGS",
         )
-    return training_shapes.fitting(control, shapes, shape, field="trainingShape")
-
-
-def _refuse_unsupported(request: CreateTrainerJob) -> None:
-    config = request.training_config
-    for field, value in (
-        ("trainingConfig.projectionHeadDim", config.projection_head_dim),
-        ("trainingConfig.extraArgs", config.extra_args),
-        ("extraValues", request.extra_values),
-    ):
-        if value:
-            raise InvalidArgument(f"{field}: {value!r} is not supported by this server; leave it out")
-    for field, count in (("nodeCount", request.node_count), ("trainerReplicaCount", request.trainer_replica_count)):
-        if count is not None and count != 1:
-            raise InvalidArgument(f"{field}: {count} is not supported; a job has one trainer, leave it out")
+    return AlreadyExists(f"trainer job {stored.id!r} exists already, with these very settings; get it")

@@ -1,32 +1,43 @@
 """Training and deployment shapes: every hardware template applied to every registered model and mode.
 
-Nothing is stored: shapes follow from the models and the catalogue. A shape has exactly one version, `1`.
+Nothing is stored: shapes follow from the models and the catalogue. A shape owns hardware, runtime and context length.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from firebox import __version__
-from firebox.control.catalogue import Template
+from firebox.control.catalogue import Template, latest
 from firebox.control.services import models
+from firebox.control.services.capacity import Need
 from firebox.control.services.context import Control
 from firebox.control.tables.models import ModelRow
+from firebox.launch.machine import HOST
 from firebox.wire.control import DeploymentShapeSnapshot, ShapeVersion, TrainerMode, TrainingShapeSnapshot
 from firebox.wire.errors import FailedPrecondition, InvalidArgument, NotFound
 from firebox.wire.names import SHARED_ACCOUNT, resource
 
 _MODES: Final[dict[TrainerMode, str]] = {"POLICY_TRAINER": "", "LORA_TRAINER": "-lora", "FORWARD_ONLY": "-forward"}
-_TERM: Final = re.compile(r'(?P<field>[\w.]+)\s*(?P<op>!=|>=|<=|=)\s*(?P<value>"[^"]*"|[\w.+-]+)')
 _REF: Final = re.compile(r"(?P<parent>accounts/[^/]+/\w+/[^/]+)(/versions/(?P<version>[^/]+))?")
+_NAMED_AT_MOST: Final = 12
+
+_PROCESS_BYTES: Final = 512 * 2**20
+"""What a worker takes before it has a model: Python, torch, transformers."""
+_BYTES_PER_PARAMETER: Final[dict[TrainerMode | None, int]] = {
+    "POLICY_TRAINER": 16,  # weights, gradients and two moments, in float32
+    "LORA_TRAINER": 4,
+    "FORWARD_ONLY": 4,
+    None: 8,  # a sampler: what it serves, and what is being loaded
+}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One shape: `mode` is None for a deployment shape."""
+    """One version of one shape: `mode` is None for a deployment shape."""
 
     model: ModelRow
     template: Template
@@ -34,19 +45,30 @@ class Shape:
 
     @property
     def id(self) -> str:
-        return f"{self.model.id}-{self.template.id}{_MODES[self.mode] if self.mode else ''}"
+        return self._id(self.model.id)
 
     @property
     def name(self) -> str:
-        return resource(self.model.account, "trainingShapes" if self.mode else "deploymentShapes", self.id)
+        return self._name(self.id)
+
+    @property
+    def public_names(self) -> list[str]:
+        """What the shape is called where its model goes by one of its aliases."""
+        return [self._name(self._id(ident)) for ident in models.alias_ids(self.model)]
 
     @property
     def version_name(self) -> str:
-        return f"{self.name}/versions/1"
+        return f"{self.name}/versions/{self.template.version}"
 
     @property
     def context_length(self) -> int:
         return min(int(self.model.facts["context_length"]), self.template.max_context_length)
+
+    def _id(self, model: str) -> str:
+        return f"{model}-{self.template.id}{_MODES[self.mode] if self.mode else ''}"
+
+    def _name(self, ident: str) -> str:
+        return resource(self.model.account, "trainingShapes" if self.mode else "deploymentShapes", ident)
 
 
 async def training(control: Control, account: str) -> list[Shape]:
@@ -61,104 +83,145 @@ async def deployment(control: Control, account: str) -> list[Shape]:
 
 
 def find(shapes: Sequence[Shape], account: str, ref: str, *, field: str) -> Shape:
-    """The shape that `ref`, a shape or version name, stands for; raises NotFound naming the known ids."""
+    """The shape that `ref`, a shape or version name, stands for; raises NotFound naming what there is.
+
+    Without a version it is the newest validated one.
+    """
     match = _REF.fullmatch(ref)
     if match is None:
         raise InvalidArgument(f"{field}: {ref!r} is not a shape; expected accounts/<account>/<collection>/<id>")
-    parent = match["parent"].replace(f"accounts/{SHARED_ACCOUNT}/", f"accounts/{account}/", 1)
-    found = next((shape for shape in shapes if shape.name == parent), None)
-    if found is None or match["version"] not in (None, "1", "latest"):
-        known = ", ".join(shape.id for shape in shapes) or "none, because no model is registered"
+    versions = called(shapes, account, match["parent"])
+    wanted = match["version"]
+    if wanted in (None, "latest"):
+        chosen = [shape for shape in versions if shape.template.validated]
+    else:
+        chosen = [shape for shape in versions if str(shape.template.version) == wanted]
+    if not chosen:
+        known = ", ".join(shape.version_name for shape in versions) or _ids(shapes)
         raise NotFound(f"{field}: {ref!r} does not exist; known shapes: {known}")
-    return found
+    return chosen[-1]
+
+
+def called(shapes: Sequence[Shape], account: str, name: str) -> list[Shape]:
+    """Every version of the shape `name`, oldest first; none when there is no such shape.
+
+    A shape goes by its own id and, where that is nobody's, by the ids that the aliases of its model make.
+    """
+    name = name.replace(f"accounts/{SHARED_ACCOUNT}/", f"accounts/{account}/", 1)
+    own = [shape for shape in shapes if shape.name == name]
+    return own or [shape for shape in shapes if name in shape.public_names]
+
+
+async def canonical_names(control: Control, account: str) -> Callable[[str], str]:
+    """How names in a filter are read: public names of models and shapes as those of the account's own."""
+    shared, own = f"accounts/{SHARED_ACCOUNT}/", f"accounts/{account}/"
+    rows = await models.listing(control, account)
+    aliases = {f"{own}models/{ident}": row.name for row in rows for ident in models.alias_ids(row)}
+    aliases |= {row.name: row.name for row in rows}
+
+    def canonical(name: str) -> str:
+        name = name.replace(shared, own, 1)
+        return aliases.get(name, name)
+
+    return canonical
+
+
+def need(control: Control, shape: Shape) -> Need:
+    """What one worker on this shape takes. Its memory is an estimate: weights and optimizer, not activations."""
+    template, mode = shape.template, shape.mode
+    weights = int(shape.model.facts["parameter_count"]) * _BYTES_PER_PARAMETER[mode]
+    if template.accelerator_count == 0:
+        return Need(HOST, 1, _PROCESS_BYTES + weights, shared=True)
+    kind = template.accelerator_type
+    count = control.capacity.count(kind) if template.accelerator_count == "all" else template.accelerator_count
+    return Need(kind, count, _PROCESS_BYTES + weights // max(1, count), shared=template.shared)
+
+
+def misfit(control: Control, shape: Shape) -> str:
+    """Why this server cannot run the shape, however long one waits; empty when it can."""
+    if shape.template.node_count > 1:
+        return f"needs {shape.template.node_count} nodes, and this server is one"
+    return control.capacity.misfit(need(control, shape))
 
 
 def fitting(control: Control, shapes: Sequence[Shape], wanted: Shape, *, field: str) -> Shape:
-    """`wanted` if this host can run it; raises InvalidArgument naming the alternatives otherwise."""
-    if control.runs_here(wanted.template):
+    """`wanted` if this server can run it; raises InvalidArgument naming the alternatives otherwise."""
+    why = misfit(control, wanted)
+    if not why:
         return wanted
-    fits = [s.id for s in shapes if s.model is wanted.model and s.mode == wanted.mode and control.runs_here(s.template)]
-    raise InvalidArgument(
-        f"{field}: {wanted.id!r} needs {wanted.template.accelerator_count} {wanted.template.accelerator_type}, which "
-        f"this server cannot use; shapes that fit: {', '.join(fits)}",
-        reason="NO_ACCELERATOR",
-    )
+    alike = [s for s in shapes if s.model is wanted.model and s.mode == wanted.mode and not misfit(control, s)]
+    raise InvalidArgument(f"{field}: {wanted.id!r} {why}; shapes that fit: {_ids(alike)}", reason="DOES_NOT_FIT")
 
 
 def select_shape(
-    control: Control, shapes: Sequence[Shape], base_model: str, mode: TrainerMode | None, accelerator: str | None
+    control: Control,
+    shapes: Sequence[Shape],
+    base_model: str,
+    mode: TrainerMode | None,
+    accelerator: str | None,
+    *,
+    accelerator_count: int | None = None,
+    context_length: int = 1,
 ) -> Shape:
-    """The shape for a caller that named none: the first of the model and mode that runs here."""
-    fits = [s for s in shapes if s.model.name == base_model and s.mode == mode and control.runs_here(s.template)]
+    """The shape for a caller that named none: the smallest with an accelerator that fits, or the plainest without.
+
+    Raises FailedPrecondition when the model has none for `mode`, and InvalidArgument when none has what is asked for.
+    """
+    fits = [s for s in _latest(shapes) if s.model.name == base_model and s.mode == mode and not misfit(control, s)]
     if not fits:
         raise FailedPrecondition(f"baseModel: {base_model!r} has no shape for {mode or 'serving'} on this server")
-    chosen = [s for s in fits if accelerator is None or s.template.accelerator_type == accelerator]
-    if not chosen:
-        raise InvalidArgument(
-            f"acceleratorType: this server cannot use {accelerator!r}; name one of these shapes instead: "
-            f"{', '.join(s.id for s in fits)}",
-            reason="NO_ACCELERATOR",
-        )
-    return chosen[0]
+    for field, value, having in (
+        ("acceleratorType", accelerator, [s for s in fits if s.template.accelerator_type == accelerator]),
+        ("acceleratorCount", accelerator_count, [s for s in fits if s.template.accelerator_count == accelerator_count]),
+        ("maxContextLength", context_length, [s for s in fits if s.context_length >= context_length]),
+    ):
+        chosen = [shape for shape in fits if value is None or shape in having]
+        if not chosen:
+            raise InvalidArgument(
+                f"{field}: {value!r} is not to be had on this server; name one of these shapes instead: {_ids(fits)}",
+                reason="DOES_NOT_FIT",
+            )
+        fits = chosen
+    return min(fits, key=lambda s: (s.template.accelerator_count == 0, need(control, s).count))
 
 
-def show(shape: Shape) -> ShapeVersion:
+def show(control: Control, shape: Shape) -> ShapeVersion:
     facts, template = shape.model.facts, shape.template
-    if shape.mode is None:
-        snapshot: TrainingShapeSnapshot | DeploymentShapeSnapshot = DeploymentShapeSnapshot(
-            base_model=shape.model.name,
-            model_type=facts["model_type"],
-            parameter_count=str(facts["parameter_count"]),
-            accelerator_type=template.accelerator_type,
-            accelerator_count=template.accelerator_count,
-        )
-    else:
+    snapshot: TrainingShapeSnapshot | DeploymentShapeSnapshot = DeploymentShapeSnapshot(
+        base_model=shape.model.name,
+        model_type=facts["model_type"],
+        parameter_count=str(facts["parameter_count"]),
+        accelerator_type=template.accelerator_type,
+        accelerator_count=0 if template.accelerator_count == 0 else need(control, shape).count,
+    )
+    if shape.mode is not None:
         snapshot = TrainingShapeSnapshot(
-            base_model=shape.model.name,
-            model_type=facts["model_type"],
-            parameter_count=str(facts["parameter_count"]),
+            **snapshot.model_dump(exclude={"engine"}),
             trainer_mode=shape.mode,
             trainer_image_tag=__version__,
             deployment_image_tag=__version__,
             max_supported_context_length=shape.context_length,
+            node_count=template.node_count,
             deployment_shape_version=Shape(shape.model, template, None).version_name,
-            accelerator_type=template.accelerator_type,
-            accelerator_count=template.accelerator_count,
             base_model_weight_precision=template.dtype,
         )
-    return ShapeVersion(name=shape.version_name, create_time=shape.model.create_time, snapshot=snapshot)
+    return ShapeVersion(
+        name=shape.version_name,
+        create_time=shape.model.create_time,
+        validated=template.validated,
+        latest_validated=template in latest(control.templates),
+        misfit=misfit(control, shape) or None,
+        snapshot=snapshot,
+    )
 
 
-def search(versions: Sequence[ShapeVersion], account: str, expression: str, order_by: str) -> list[ShapeVersion]:
-    """The versions that satisfy every AND-ed term of `expression`, sorted by `order_by` (`create_time desc`)."""
-    terms = list(_terms(account, expression))
-    found = [v for v in versions if all(_holds(v, *term) for term in terms)]
-    field, _, direction = order_by.strip().partition(" ")
-    if field in ("create_time", "name"):
-        found.sort(key=lambda v: str(getattr(v, field)), reverse=direction.strip() == "desc")
-    elif field:
-        raise InvalidArgument(f"orderBy: {order_by!r} is not supported; use create_time or name, with or without desc")
-    return found
+def _latest(shapes: Sequence[Shape]) -> list[Shape]:
+    current = latest([shape.template for shape in shapes])
+    return [shape for shape in shapes if shape.template in current]
 
 
-def _terms(account: str, expression: str) -> Iterator[tuple[str, str, str]]:
-    for text in re.split(r"\s+AND\s+", expression.strip()) if expression.strip() else ():
-        match = _TERM.fullmatch(text.strip())
-        if match is None:
-            raise InvalidArgument(f"filter: {text!r} is not understood; write field=value terms joined by AND")
-        value = match["value"].strip('"').replace(f"accounts/{SHARED_ACCOUNT}/", f"accounts/{account}/", 1)
-        yield match["field"], match["op"], value
-
-
-def _holds(version: ShapeVersion, field: str, op: str, value: str) -> bool:
-    holder: object = version.snapshot if field.startswith("snapshot.") else version
-    actual = getattr(holder, field.removeprefix("snapshot."), None)
-    if actual is None:
-        raise InvalidArgument(f"filter: {field!r} is not a field of a shape version")
-    text = str(actual).lower() if isinstance(actual, bool) else str(actual)
-    if op in ("=", "!="):
-        return (text == value) is (op == "=")
-    try:
-        return float(text) >= float(value) if op == ">=" else float(text) <= float(value)
-    except ValueError:
-        raise InvalidArgument(f"filter: {field} {op} {value}: both sides must be numbers") from None
+def _ids(shapes: Sequence[Shape]) -> str:
+    """The ids of some shapes, for a message."""
+    ids = list(dict.fromkeys(shape.id for shape in shapes))
+    more = f" and {len(ids) - _NAMED_AT_MOST} more" if len(ids) > _NAMED_AT_MOST else ""
+    return ", ".join(ids[:_NAMED_AT_MOST]) + more or "none"

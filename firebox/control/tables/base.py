@@ -11,9 +11,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from firebox.wire.names import resource
 
 
+def rfc3339(time: datetime) -> str:
+    """A time in UTC with microseconds; texts of this form sort by time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
 def now() -> str:
-    """The present as RFC 3339 with microseconds, in UTC."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return rfc3339(datetime.now(UTC))
 
 
 class Base(DeclarativeBase):

@@ -1,12 +1,30 @@
-"""Trainer jobs. Rows are never removed: a deleted job stays as a tombstone, so that its checkpoints stay listed."""
+"""Trainer jobs and the states they may be in. Rows are never removed: a deleted job stays as a tombstone."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy.orm import Mapped, mapped_column
 
 from firebox.control.tables.base import Base, Resource
+
+PENDING: Final = "JOB_STATE_PENDING"
+CREATING: Final = "JOB_STATE_CREATING"
+RUNNING: Final = "JOB_STATE_RUNNING"
+PAUSED: Final = "JOB_STATE_PAUSED"
+FAILED: Final = "JOB_STATE_FAILED"
+CANCELLING: Final = "JOB_STATE_CANCELLING"
+CANCELLED: Final = "JOB_STATE_CANCELLED"
+DELETING: Final = "JOB_STATE_DELETING"
+DELETED: Final = "JOB_STATE_DELETED"
+ARCHIVED: Final = "JOB_STATE_ARCHIVED"
+
+TRANSITIONAL: Final = frozenset({CREATING, CANCELLING, DELETING})
+"""States that a job leaves by itself within moments."""
+RESUMABLE: Final = frozenset({PAUSED, FAILED, CANCELLED})
+UNFINISHED: Final = frozenset({PENDING, CREATING, RUNNING, CANCELLING, DELETING})
+"""States of jobs that have a worker, are to have one, or are getting rid of one."""
+TOMBSTONES: Final = frozenset({DELETED, ARCHIVED})
 
 
 class TrainerJobRow(Resource, Base):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from control_harness import Server  # type: ignore[import-not-found]
@@ -31,11 +32,11 @@ def model_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def new_server(tmp_path: Path) -> Iterator[Callable[[], Server]]:
+def new_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     made = []
 
-    def make() -> Server:
-        server = Server(tmp_path / "data")
+    def make(machine: list[Any] | None = None) -> Server:
+        server = Server(tmp_path / "data", machine)
         server.data.mkdir(exist_ok=True)
         server.start()
         made.append(server)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,28 +21,45 @@ WORKER = Path(__file__).parents[1] / "launch" / "worker_app.py"
 
 # The real composition root, with another command behind the launcher: everything but the models is the real thing.
 SERVER = """
-import functools, sys
+import functools, json, sys
 from pathlib import Path
 from firebox.cli import up
 from firebox.launch.local import LocalLauncher
+from firebox.launch.machine import Device, Machine
+if sys.argv[3:]:
+    cores, *devices = json.loads(sys.argv[3])
+    machine = Machine(cores, tuple(Device(*device) for device in devices))
+    Machine.here = staticmethod(lambda memory: machine)
 up.LocalLauncher = functools.partial(LocalLauncher, command=[sys.executable, sys.argv[2]])
 up.run(Path(sys.argv[1]), "127.0.0.1", 0, [])
 """
 
 
+def wait_for(holds: Callable[[], bool], within_s: float = 5.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @dataclass
 class Server:
-    """One data directory and the process that serves it, if it runs."""
+    """One data directory and the process that serves it, if it runs.
+
+    `machine` is what it believes to run on: its cores, then the kind, bytes and ordinal of each device.
+    """
 
     data: Path
+    machine: list[Any] | None = None
     process: subprocess.Popen[bytes] | None = None
     url: str = ""
 
     def start(self) -> None:
         (self.data / "server.json").unlink(missing_ok=True)
+        machine = [json.dumps(self.machine)] if self.machine else []
         with (self.data.parent / "up.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SERVER, str(self.data), str(WORKER)], stdout=log, stderr=log
+                [sys.executable, "-c", SERVER, str(self.data), str(WORKER), *machine], stdout=log, stderr=log
             )
         deadline = time.monotonic() + 30
         while not (self.data / "server.json").exists():
@@ -79,11 +97,19 @@ class Server:
     def create_job(
         self, ident: str, shape: str = "tiny-cpu", fields: dict[str, Any] | None = None, **config: Any
     ) -> httpx.Response:
+        """`fields` are laid over the body, `config` over its trainingConfig."""
         body = {"trainingConfig": {"baseModel": "accounts/local/models/tiny", **config}, **(fields or {})}
         params = {"rlorTrainerJobId": ident}
         if shape:
             params["trainingShape"] = f"accounts/local/trainingShapes/{shape}"
         return self.own("POST", "rlorTrainerJobs", params=params, json=body)
+
+    def state(self, job: str) -> str:
+        return str(self.own("GET", f"rlorTrainerJobs/{job}").json()["state"])
+
+    def trainer(self, job: str) -> dict[str, Any]:
+        """What the worker of a job sees of a request, and of its surroundings."""
+        return dict(self.ask("GET", f"/training/v1/rlorTrainerJobs/local/{job}/api/v1/echo").json())
 
     def create_deployment(self, ident: str, **fields: Any) -> httpx.Response:
         body = {"baseModel": "accounts/local/models/tiny", "enableHotLoad": True, **fields}

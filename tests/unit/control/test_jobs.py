@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from control_harness import Server  # type: ignore[import-not-found]
+from control_harness import Server, wait_for  # type: ignore[import-not-found]
 
 from firebox.launch.local import started_at
 from firebox.weights.manifest import CheckpointManifest, committed_dir, seal
-
-
-def state(server: Server, job: str) -> str:
-    return str(server.own("GET", f"rlorTrainerJobs/{job}").json()["state"])
-
-
-def wait_for(holds: Callable[[], bool], within_s: float = 5.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_create_answers_running_and_delete_leaves_a_tombstone(server: Server) -> None:
@@ -35,7 +23,7 @@ def test_create_answers_running_and_delete_leaves_a_tombstone(server: Server) ->
     assert healthz.json() == {"status": "ok"}
     assert server.create_job("life").status_code == 409
     assert server.own("DELETE", "rlorTrainerJobs/life").json() == {}
-    assert state(server, "life") == "JOB_STATE_DELETED"
+    assert server.state("life") == "JOB_STATE_DELETED"
     assert server.own("GET", "rlorTrainerJobs/life/checkpoints").json()["checkpoints"] == []
     listed = [job["name"] for job in server.own("GET", "rlorTrainerJobs").json()["rlorTrainerJobs"]]
     assert made["name"] not in listed
@@ -63,7 +51,7 @@ def test_killed_trainer_fails_the_job_and_its_open_futures(server: Server) -> No
     gateway = "/training/v1/rlorTrainerJobs/local/doomed/api/v1"
     died = server.ask("POST", f"{gateway}/die", json={})
     assert (died.status_code, died.json()["error"]["code"]) == (503, 14)
-    wait_for(lambda: state(server, "doomed") == "JOB_STATE_FAILED")
+    wait_for(lambda: server.state("doomed") == "JOB_STATE_FAILED")
     job = server.own("GET", "rlorTrainerJobs/doomed").json()
     assert "ended by signal 9" in job["statusMessage"]
     assert "'step-7'" in job["statusMessage"]
@@ -135,14 +123,14 @@ def test_restart_takes_live_jobs_back_and_tells_the_truth_about_dead_ones(
     server.stop(signal.SIGKILL)
     os.kill(dead[0], signal.SIGKILL)
     server.start()
-    assert state(server, "alive") == "JOB_STATE_RUNNING"
+    assert server.state("alive") == "JOB_STATE_RUNNING"
     assert server.own("GET", "deployments/served").json()["state"] == "READY"
     assert sorted(server.workers()) == sorted(alive + served)
-    wait_for(lambda: state(server, "dead") == "JOB_STATE_FAILED")
+    wait_for(lambda: server.state("dead") == "JOB_STATE_FAILED")
     healthz = server.ask("GET", "/training/v1/rlorTrainerJobs/local/alive/api/v1/healthz")
     assert healthz.json() == {"status": "ok"}
     server.stop()
     assert not [pid for pid in alive + served if started_at(pid)]
     server.start()
-    assert state(server, "alive") == "JOB_STATE_FAILED"
+    assert server.state("alive") == "JOB_STATE_FAILED"
     assert server.own("POST", "rlorTrainerJobs/alive:resume").json()["state"] == "JOB_STATE_RUNNING"

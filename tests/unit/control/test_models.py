@@ -1,4 +1,4 @@
-"""Registering models, what is refused, shapes that follow, and promotions that fail."""
+"""Registering models, what is refused, and promotions that fail."""
 
 from __future__ import annotations
 
@@ -139,52 +139,6 @@ def test_model_in_use_is_kept(server: Server) -> None:
     assert refused.status_code == 400
     assert "rlorTrainerJobs/user" in refused.json()["error"]["message"]
     server.own("DELETE", "rlorTrainerJobs/user")
-
-
-def versions(server: Server, **params: Any) -> list[str]:
-    answer = server.ask("GET", "/v1/accounts/-/trainingShapes/-/versions", params=params).json()
-    return [version["name"].split("/")[3] for version in answer["trainingShapeVersions"]]
-
-
-def test_shapes_follow_models_templates_and_modes(server: Server) -> None:
-    assert sorted(versions(server)) == [
-        f"tiny-{hardware}{mode}" for hardware in ("cpu", "gpu1") for mode in ("", "-forward", "-lora")
-    ]
-    expression = (
-        'snapshot.base_model="accounts/fireworks/models/tiny" AND snapshot.trainer_mode="LORA_TRAINER" AND '
-        'latest_validated=true AND snapshot.parameter_count>=10 AND snapshot.accelerator_type!="NVIDIA_GPU"'
-    )
-    assert versions(server, filter=expression, orderBy="create_time desc", pageSize=200) == ["tiny-cpu-lora"]
-    assert versions(server, filter="snapshot.parameter_count<=9") == []
-    one = server.own(
-        "GET", "trainingShapes/tiny-cpu/versions", params={"filter": "latest_validated=true", "pageSize": 1}
-    )
-    snapshot = one.json()["trainingShapeVersions"][0]["snapshot"]
-    assert snapshot["maxSupportedContextLength"] == 512
-    assert snapshot["deploymentShapeVersion"] == "accounts/local/deploymentShapes/tiny-cpu/versions/1"
-    assert server.own("GET", "deploymentShapes/tiny-cpu/versions/1").json()["snapshot"]["engine"] == "FIREBOX"
-    assert server.own("GET", "trainingShapes/tiny-cpu/versions/9").status_code == 404
-
-
-def test_pages_join_up(server: Server) -> None:
-    found, token = [], ""
-    while True:
-        params = {"pageSize": 4, "pageToken": token}
-        answer = server.ask("GET", "/v1/accounts/-/trainingShapes/-/versions", params=params).json()
-        found += answer["trainingShapeVersions"]
-        token = answer["nextPageToken"]
-        if not token:
-            break
-    assert len({version["name"] for version in found}) == len(found) == 6
-
-
-@pytest.mark.parametrize(
-    "params", [{"filter": "colour=red"}, {"filter": "name ~ x"}, {"orderBy": "size"}, {"pageToken": "???"}]
-)
-def test_listing_that_is_not_understood_is_refused(server: Server, params: dict[str, str]) -> None:
-    answer = server.ask("GET", "/v1/accounts/-/trainingShapes/-/versions", params=params)
-    assert answer.status_code == 400
-    assert next(iter(params)) in answer.json()["error"]["message"]
 
 
 def promote(server: Server, checkpoint: str, output: str = "out", **changes: str) -> Any:

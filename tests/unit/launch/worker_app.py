@@ -59,6 +59,8 @@ async def echo(request: Request) -> Response:
         "body": body.decode(errors="replace"),
         "headers": dict(request.headers),
         "pid": os.getpid(),
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "devices": os.environ["CUDA_VISIBLE_DEVICES"],
     }
     return JSONResponse(shown, headers={"x-from-worker": "yes"})
 
