@@ -7,17 +7,19 @@ Owns what is loaded and how a snapshot becomes tensors. Does not know who decide
 checked on a thread of their own while the engine serves; only the copy into the live weights pauses it.
 
 Invariant: nothing is copied before everything is checked, and nothing is served before the copied weights give the
-log-probs that the trainer stored with them. Should that fail, the weights are unknown and the stage is `error`:
-requests are refused until a whole snapshot is loaded.
+log-probs that the trainer stored with them. Should that fail, the weights before are loaded again from where they came;
+should that fail as well, the weights are unknown and the stage is `error`: requests are refused until a whole snapshot
+is loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -28,7 +30,17 @@ from firebox.sampler.engine import Engine, Swap
 from firebox.weights.manifest import PROBE_TOLERANCE, Probe, SnapshotManifest, read_snapshot, verify
 from firebox.weights.peft import Factors, read_peft
 from firebox.wire.errors import FailedPrecondition, FireboxError, Unavailable
-from firebox.wire.worker import HotloadCommand, HotloadStage, ReplicaStatus, SamplerSpec, SnapshotRef
+from firebox.wire.worker import (
+    Canary,
+    HotloadCommand,
+    HotloadStage,
+    HotloadStep,
+    ReplicaStatus,
+    SamplerSpec,
+    SnapshotRef,
+)
+
+_Fetch = Callable[[], "_Fetched"]
 
 _DRAIN_DEADLINE_S: Final = 600.0
 """How long a SYNC swap waits for the requests in flight before it gives up."""
@@ -45,6 +57,10 @@ class Hotloader:
         self._live = _LiveWeights(spec, lm)
         self._one_at_a_time = asyncio.Lock()
         self._stage: HotloadStage = "serving"
+        self._begun = 0.0
+        self._timeline: list[HotloadStep] = []
+        self._canary: Canary | None = None
+        self._source = Path(spec.adapter_dir) if spec.adapter_dir else None
         self._current: str | None = None
         self._target: str | None = None
         self._error = ""
@@ -57,6 +73,8 @@ class Hotloader:
             error=self._error,
             in_flight=self._engine.in_flight,
             base_model=self._spec.base_model,
+            timeline=list(self._timeline),
+            canary=self._canary,
         )
 
     def check_serving(self) -> None:
@@ -75,38 +93,44 @@ class Hotloader:
     async def serve(self, snapshot: SnapshotRef | None) -> None:
         """Make the weights of `snapshot`, or the base model's, the live ones; raises FailedPrecondition if not."""
         if snapshot is None:
-            await self._replace(None, lambda: (self._live.base(), None))
+            await self._replace(None, lambda: _Fetched(None, self._live.base(), None))
         else:
             await self.load(HotloadCommand(identity=snapshot.identity, path=snapshot.dir))
         if self._error:
             raise FailedPrecondition(f"the weights cannot be sampled from: {self._error}", reason="WEIGHTS_REFUSED")
 
-    async def _replace(self, identity: str | None, fetch: Callable[[], tuple[dict[str, Tensor], Probe | None]]) -> None:
+    async def _replace(self, identity: str | None, fetch: _Fetch) -> None:
         async with self._one_at_a_time:
             before = self._stage
             self._target, self._error = identity, ""
+            self._begun, self._timeline = time.monotonic(), []
             try:
-                self._stage = "fetching"
-                staged, probe = await asyncio.to_thread(fetch)
-                self._stage = "verified"
-                await self._swap(identity, staged, probe)
+                self._enter("fetching")
+                fetched = await asyncio.to_thread(fetch)
+                self._enter("verified")
+                await self._swap(identity, fetched)
             except FireboxError as error:
                 self._fail(before, error.message, error)
             except Exception as error:  # noqa: BLE001 - foreign files fail in many ways; nothing has been copied yet
                 self._fail(before, f"cannot be read: {type(error).__name__}: {error}", error)
 
+    def _enter(self, stage: HotloadStage) -> None:
+        self._stage = stage
+        self._timeline.append(HotloadStep(stage, round(time.monotonic() - self._begun, 6)))
+
     def _fail(self, stage: HotloadStage, reason: str, error: Exception) -> None:
         logger.warning("hot-load of %s failed: %s", self._target, reason, exc_info=error)
-        self._stage, self._error = stage, reason
+        self._enter(stage)
+        self._error = reason
 
-    def _fetch(self, command: HotloadCommand) -> tuple[dict[str, Tensor], Probe | None]:
+    def _fetch(self, command: HotloadCommand) -> _Fetched:
         directory = Path(command.path)
         manifest = read_snapshot(directory)
         if manifest is None:
             raise FailedPrecondition(f"path: no committed snapshot in {directory}", reason="SNAPSHOT_MISSING")
         self._check(manifest, command)
         verify(directory, manifest)
-        return self._live.stage(directory, manifest), manifest.probe
+        return _Fetched(directory, self._live.stage(directory, manifest), manifest.probe)
 
     def _check(self, manifest: SnapshotManifest, command: HotloadCommand) -> None:
         if manifest.identity != command.identity:
@@ -135,15 +159,9 @@ class Hotloader:
                 reason="PARENT_MISMATCH",
             )
 
-    async def _swap(self, identity: str | None, staged: dict[str, Tensor], probe: Probe | None) -> None:
-        def apply() -> None:
-            self._live.copy(staged)
-            self._stage = "swapped"
-            if probe is not None:
-                self._live.prove(probe)
-
-        self._stage = "paused"
-        swap = Swap(apply=apply, identity=identity, drain=self._spec.transition == "SYNC")
+    async def _swap(self, identity: str | None, fetched: _Fetched) -> None:
+        self._enter("paused")
+        swap = Swap(apply=lambda: self._apply(fetched), identity=identity, drain=self._spec.transition == "SYNC")
         self._engine.swap(swap)
         try:
             await asyncio.wait_for(asyncio.wrap_future(swap.done), _DRAIN_DEADLINE_S)
@@ -156,12 +174,43 @@ class Hotloader:
             if not swap.done.cancelled():
                 raise
             raise Unavailable("the sampler is stopping") from error
+        except _RestoredError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever broke the copy: the weights are unknown from here on
             self._current = None
-            reason = error.message if isinstance(error, FireboxError) else f"{type(error).__name__}: {error}"
-            self._fail("error", f"the swap broke: {reason}", error)
+            self._fail("error", f"the swap broke: {_reason(error)}", error)
         else:
-            self._stage, self._current, self._target = "serving", identity, None
+            self._enter("serving")
+            self._current, self._target, self._source = identity, None, fetched.directory
+
+    def _apply(self, fetched: _Fetched) -> None:
+        """Runs on the engine's thread. Raises _RestoredError when the new weights broke and the old ones are back."""
+        probe = fetched.probe
+        before = self._live.score(probe) if probe is not None else None
+        try:
+            self._live.copy(fetched.tensors)
+            self._enter("swapped")
+            self._canary = self._live.prove(probe, before) if probe is not None and before is not None else None
+        except (RuntimeError, FireboxError) as error:
+            # Reading them again takes a while, but a second copy of all weights is not kept for this rare case.
+            self._live.copy(self._live.read(self._source))
+            raise _RestoredError(f"{_reason(error)}; the weights before are back", reason="SWAP_BROKE") from error
+
+
+class _Fetched(NamedTuple):
+    """Weights read and checked: where they lie (None: they are the base model's), and the trainer's probe of them."""
+
+    directory: Path | None
+    tensors: dict[str, Tensor]
+    probe: Probe | None
+
+
+class _RestoredError(FailedPrecondition):
+    """A swap that did no harm."""
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, FireboxError) else f"{type(error).__name__}: {error}"
 
 
 class _LiveWeights:
@@ -226,13 +275,25 @@ class _LiveWeights:
             self._base = self._load_base() if self._changed else None
         return {name: self._base[name] for name in self._changed} if self._base else {}
 
-    def prove(self, probe: Probe) -> None:
-        """Raises FailedPrecondition when the live weights do not give the trainer's log-probs of `probe`, in nats."""
-        computed = self._lm.score(torch.tensor(probe.tokens, device=self._lm.device)).cpu()
+    def read(self, directory: Path | None) -> dict[str, Tensor]:
+        """The weights in `directory`, a snapshot or a promoted adapter, or the base model's, once more."""
+        if directory is None:
+            return self.base()
+        manifest = read_snapshot(directory)
+        return self._merged(directory) if manifest is None else self.stage(directory, manifest)
+
+    def score(self, probe: Probe) -> Tensor:
+        """Log-probs of `probe` under the live weights, in nats, on the CPU."""
+        return self._lm.score(torch.tensor(probe.tokens, device=self._lm.device)).cpu()
+
+    def prove(self, probe: Probe, before: Tensor) -> Canary:
+        """Compare with the trainer, and with what the weights `before` gave; raises FailedPrecondition if too far."""
+        computed = self.score(probe)
         difference = (computed - torch.tensor(probe.logprobs)).abs().max().item()
         allowed = PROBE_TOLERANCE[str(self._dtype).removeprefix("torch.")]
         if not difference <= allowed:
             raise _mismatch(f"log-probs differ from the trainer's by {difference:.2e} nats, at most {allowed} is right")
+        return Canary(difference, (computed - before).abs().max().item())
 
     def _check(self, name: str, tensor: Tensor) -> None:
         if name not in self._canonical:

@@ -108,8 +108,26 @@ class HotloadCommand(msgspec.Struct, frozen=True, kw_only=True):
     previous: str | None = None
 
 
+class HotloadStep(msgspec.Struct, frozen=True):
+    """When a load came to `stage`, in seconds from its beginning."""
+
+    stage: HotloadStage
+    seconds: float
+
+
+class Canary(msgspec.Struct, frozen=True):
+    """The probe scored right after a swap, in nats: how far from the trainer's log-probs, how far from those of the
+    weights before."""
+
+    trainer_difference: float
+    movement: float
+
+
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """`GET /worker/status` of a sampler. `error` belongs to `target`; the old weights keep serving."""
+    """`GET /worker/status` of a sampler. `error` belongs to `target`; the old weights keep serving.
+
+    `timeline` is of the last load, and `canary` of the last one that was served.
+    """
 
     current_snapshot_identity: str | None
     stage: HotloadStage
@@ -117,6 +135,8 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
     error: str = ""
     in_flight: int = 0
     base_model: str = ""
+    timeline: list[HotloadStep] = []
+    canary: Canary | None = None
 
 
 class CreateRun(msgspec.Struct, frozen=True, kw_only=True):

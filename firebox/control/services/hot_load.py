@@ -23,6 +23,9 @@ from firebox.wire.control import HotLoad
 from firebox.wire.errors import FailedPrecondition, InvalidArgument, NotFound
 from firebox.wire.worker import HotloadCommand, ReplicaStatus, WorkerAddress
 
+_NOT_MOVED: Final = (
+    "these weights give exactly the log-probs of those before; was there a step with a gradient between?"
+)
 _NOT_STARTED: Final = ReplicaStatus(current_snapshot_identity=None, stage="fetching")
 
 
@@ -56,6 +59,8 @@ async def request(control: Control, account: str, row: DeploymentRow, body: HotL
         )
     previous = incremental.previous_snapshot_identity if incremental and manifest.kind == "delta" else None
 
+    await asyncio.to_thread(_check_chain, path, manifest)
+
     def work(session: Session) -> int:
         stored = session.get_one(DeploymentRow, (row.account, row.id))
         sequence = wanted(stored) + 1
@@ -85,11 +90,20 @@ async def done(control: Control, row: DeploymentRow, sequence: int, within_s: fl
 
 
 async def status(control: Control, row: DeploymentRow) -> dict[str, Any]:
-    """One entry per replica, asked now. A replica that is still starting, or does not answer, is not ready."""
+    """The wanted snapshot, and one entry per replica, asked now, those that do not serve it first.
+
+    Clients judge by the first entry. A replica that is still starting, or does not answer, is not ready.
+    """
     serving = control.fleet.all(row.name)
+    stored = await deployments.find(control, row.account, row.id) or row
+    desired = (stored.desired or {}).get("identity")
     replies = await asyncio.gather(*(_ask(control, address) for address in serving))
-    missing = max(0, deployments.num_replicas(row.request) - len(serving))
-    return {"replicas": [*replies, *[_entry(_NOT_STARTED, ready=False)] * missing]}
+    missing = max(0, deployments.num_replicas(stored.request) - len(serving))
+    replies += [_entry(_NOT_STARTED, ready=False)] * missing
+    return {
+        "desired_snapshot_identity": desired,
+        "replicas": sorted(replies, key=lambda reply: bool(reply["current_snapshot_identity"] == desired)),
+    }
 
 
 def commands(row: DeploymentRow, current: str | None, *, fresh: bool) -> list[HotloadCommand]:
@@ -137,6 +151,18 @@ async def _find(control: Control, row: DeploymentRow, identity: str) -> tuple[Pa
     return await checkpoints.snapshot(control, row.account, jobs[-1], identity)
 
 
+def _check_chain(path: Path, manifest: SnapshotManifest) -> None:
+    """A delta is only as good as the snapshots under it: each must be there, down to a whole one."""
+    while manifest.kind == "delta":
+        parent = manifests.read_snapshot(path.parent / str(manifest.parent))
+        if parent is None:
+            raise FailedPrecondition(
+                f"identity: {path.name!r} stands on {manifest.parent!r}, which is missing; hot-load a base snapshot",
+                reason="CHAIN_BROKEN",
+            )
+        manifest = parent
+
+
 async def _ask(control: Control, address: WorkerAddress) -> dict[str, Any]:
     try:
         return _entry(await control.probe(address), ready=True)
@@ -155,4 +181,7 @@ def _entry(status: ReplicaStatus, *, ready: bool) -> dict[str, Any]:
         "loaded_adapters": [],
         "supports_rdma_weight_sync": False,
         "message": status.error,
+        "timeline": msgspec.to_builtins(status.timeline),
+        "canary": msgspec.to_builtins(status.canary),
+        "warning": _NOT_MOVED if status.canary is not None and status.canary.movement == 0.0 else "",
     }

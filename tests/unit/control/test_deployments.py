@@ -49,6 +49,7 @@ def job(server: Server) -> str:
     save(server, "source", "a-base")
     save(server, "source", "b-delta", kind="delta", parent="a-base")
     save(server, "source", "c-delta", kind="delta", parent="b-delta")
+    save(server, "source", "f-delta", kind="delta", parent="z-gone")
     save(server, "source", "d-other", base_model="accounts/local/models/other")
     return "accounts/local/rlorTrainerJobs/source"
 
@@ -72,6 +73,9 @@ def test_hot_load_follows_the_chain_and_tells_what_is_loaded(server: Server, job
     hot_load(server, "chain", "c-delta", previous="b-delta")
     refused = status(server, "chain")[0]
     assert refused["current_snapshot_identity"] == "a-base"
+    header = {"fireworks-deployment": "accounts/local/deployments/chain"}
+    wanted = server.ask("GET", "/hot_load/v1/models/hot_load", headers=header).json()
+    assert wanted["desired_snapshot_identity"] == "c-delta"
     assert refused["loading_state"] == {"stage": "error", "target_snapshot_identity": "c-delta"}
     assert refused["readiness"] is True
     hot_load(server, "chain", "b-delta", previous="a-base")
@@ -86,12 +90,13 @@ def test_hot_load_follows_the_chain_and_tells_what_is_loaded(server: Server, job
         ("../../etc", 400, "identity"),
         ("d-other", 400, "models/other"),
         ("b-delta", 400, "incremental_snapshot_metadata"),
+        ("f-delta", 400, "'z-gone', which is missing"),
     ],
 )
 def test_wrong_snapshot_is_refused_with_the_fix(server: Server, job: str, identity: str, code: int, words: str) -> None:
     if server.own("GET", "deployments/refusing").status_code == 404:
         server.create_deployment("refusing", hotLoadTrainerJob=job)
-    answer = hot_load(server, "refusing", identity)
+    answer = hot_load(server, "refusing", identity, previous="z-gone" if identity == "f-delta" else None)
     assert answer.status_code == code
     assert words in answer.json()["error"]["message"]
     assert loaded(server, "refusing") == [None]

@@ -24,7 +24,6 @@ from firebox.weights.manifest import SnapshotManifest, committed_dir, seal
 
 SNAPSHOTS = ("one", "two", "three")
 CLIENTS = 4
-KILL_WITHIN_S = 1.0
 ORPHANS_GONE_WITHIN_S = 10
 BAD = (
     "acknowledged and lost",
@@ -197,11 +196,18 @@ def prepared(folder: Path, model_files: Path) -> Iterator[ForkedServer]:
         server.stop()
 
 
-def load_until_killed(server: ForkedServer, clients: list[Client], after_s: float) -> None:
-    stop = threading.Event()
+def load_until_killed(server: ForkedServer, clients: list[Client], rng: random.Random) -> None:
+    """Let the clients work until some number of answers has arrived, and then a moment longer."""
+
+    def answers() -> int:
+        return sum(client.acknowledged.total() for client in clients)
+
+    stop, enough, deadline = threading.Event(), answers() + rng.randrange(8), time.monotonic() + 3
     with ThreadPoolExecutor() as pool:
         running = [pool.submit(client.run, stop) for client in clients]
-        time.sleep(after_s)
+        while answers() < enough and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.3))
         server.stop(9)
         stop.set()
         for client in running:
@@ -214,7 +220,7 @@ def ordeal(server: ForkedServer, seed: int, kills: int) -> Counter[str]:
     clients = [Client(server, number) for number in range(CLIENTS)]
     counted: Counter[str] = Counter(kills=kills)
     for number in range(kills):
-        load_until_killed(server, clients, rng.uniform(0.0, KILL_WITHIN_S))
+        load_until_killed(server, clients, rng)
         counted["leaked ports"] += is_open(server.url)
         if number % 20 == 3:
             time.sleep(server.orphan_grace_s + 1)  # the server comes back too late for its workers

@@ -114,20 +114,55 @@ def test_adapters_replace_each_other_and_a_base_replaces_them(own, model_dir, pl
     assert_serves(own, peft["model"], "a-2")
 
 
-def test_weights_that_contradict_their_probe_are_not_served(own, model_dir, plain, tmp_path):
-    """Whatever went wrong between trainer and sampler, other log-probs than the trainer's are never served."""
-    good, tokens = shifted(plain, 1), torch.arange(12)
+def probe_of(model, tokens: torch.Tensor) -> Probe:
     with torch.inference_mode():
-        logits = model_with(model_dir, good)(tokens[None]).logits[0, :-1]
+        logits = model(tokens[None]).logits[0, :-1]
     logprobs = logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].tolist()
-    probe = Probe(tokens=tokens.tolist(), logprobs=logprobs)
-    hotload(own, commit_weights(tmp_path, "s-1", good, probe=probe))
-    status = hotload(own, commit_weights(tmp_path, "s-2", shifted(plain, 2), probe=probe))
-    assert (status["stage"], status["current_snapshot_identity"]) == ("error", None)
-    assert "log-probs differ from the trainer's" in status["error"]
-    assert own.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2}).status_code == 503
-    assert hotload(own, tmp_path / "s-1")["stage"] == "serving"
-    assert_serves(own, model_with(model_dir, good), "s-1")
+    return Probe(tokens=tokens.tolist(), logprobs=logprobs)
+
+
+def test_weights_that_contradict_their_probe_are_taken_back(own, model_dir, plain, tmp_path):
+    """Whatever went wrong between trainer and sampler, other log-probs than the trainer's are never served."""
+    good = shifted(plain, 1)
+    probe = probe_of(model_with(model_dir, good), torch.arange(12))
+    liar = commit_weights(tmp_path, "liar", shifted(plain, 2), probe=probe)
+    base = model_with(model_dir, plain)
+    for before, load in (((None, base), []), (("s-1", model_with(model_dir, good)), ["s-1"])):
+        for identity in load:
+            hotload(own, commit_weights(tmp_path, identity, good, probe=probe))
+        status = hotload(own, liar)
+        assert (status["stage"], status["current_snapshot_identity"]) == ("serving", before[0])
+        assert status["target_snapshot_identity"] == "liar"
+        assert "log-probs differ from the trainer's" in status["error"]
+        assert_serves(own, before[1], before[0])
+
+
+def test_adapter_comes_back_after_a_swap_that_broke(own, model_dir, plain, tmp_path):
+    peft = {}
+
+    def write(directory: Path) -> None:
+        peft["model"] = make_adapter(model_dir, directory, ["q_proj"], seed=3)
+
+    hotload(own, commit(tmp_path, "a-1", write, kind="adapter"))
+    probe = probe_of(model_with(model_dir, plain), torch.arange(12))
+    assert hotload(own, commit_weights(tmp_path, "liar", shifted(plain, 2), probe=probe))["error"]
+    assert_serves(own, peft["model"], "a-1")
+
+
+def test_status_tells_what_a_swap_did(own, model_dir, plain, tmp_path):
+    one = shifted(plain, 1)
+    probe = probe_of(model_with(model_dir, one), torch.arange(12))
+    status = hotload(own, commit_weights(tmp_path, "s-1", one, probe=probe))
+    stages = [step["stage"] for step in status["timeline"]]
+    assert stages == ["fetching", "verified", "paused", "swapped", "serving"]
+    seconds = [step["seconds"] for step in status["timeline"]]
+    assert seconds == sorted(seconds)
+    assert status["canary"]["trainer_difference"] <= 1e-5
+    assert status["canary"]["movement"] > 0.01
+    twin = hotload(own, commit_weights(tmp_path, "s-2", one, probe=probe))
+    assert twin["canary"]["movement"] == 0.0
+    refused = hotload(own, tmp_path / "missing")
+    assert [step["stage"] for step in refused["timeline"]] == ["fetching", "serving"]
 
 
 def test_a_promoted_adapter_is_served_from_the_start(model_dir, tmp_path):
