@@ -37,6 +37,8 @@ from firebox.wire.training import (
 MAX_WAITING_BYTES: Final = 512 * 2**20
 """Of accepted requests without a result; what they take in memory is a small multiple."""
 _KEEP_RESULT_S: Final = 600.0
+_KEEP_READ_RESULT_S: Final = 120.0
+"""For a client whose connection broke while it read; results may be large."""
 _SOON_S: Final = 1.0
 _MAX_EARLY: Final = 2048
 """How far ahead of its turn a request may come: what waits is kept, and the journal must still know all of it."""
@@ -52,7 +54,7 @@ class Future:
         self.num_bytes = num_bytes
         self.done = asyncio.Event()
         self.result: Result | None = None
-        self.finished_at = 0.0
+        self.was_read = False
 
 
 class _Sequence:
@@ -84,7 +86,8 @@ class Session:
         self._sequences: dict[str, _Sequence] = {}
         self._created: dict[str, ModelCreated] = {}
         self._futures: dict[str, Future] = {}
-        self._finished: deque[Future] = deque()
+        self._finished: deque[tuple[float, str]] = deque()
+        self._num_pending = 0
 
     @property
     def model_ids(self) -> list[str]:
@@ -92,7 +95,7 @@ class Session:
 
     @property
     def num_pending(self) -> int:
-        return len(self._futures) - len(self._finished)
+        return self._num_pending
 
     def open_session(self) -> str:
         session_id = f"session-{uuid.uuid4().hex}"
@@ -204,6 +207,9 @@ class Session:
             await asyncio.wait_for(future.done.wait(), hold_s)
         except TimeoutError:
             return None
+        if not future.was_read:
+            future.was_read = True
+            self._loop.call_later(_KEEP_READ_RESULT_S, self._futures.pop, request_id, None)
         return future.result
 
     def _accept(
@@ -278,14 +284,15 @@ class Session:
 
     def _finish(self, future: Future, result: Result) -> None:
         self._waiting_bytes -= future.num_bytes
+        self._num_pending -= 1
         future.result = result
-        future.finished_at = time.monotonic()
         future.done.set()
-        self._finished.append(future)
+        self._finished.append((time.monotonic(), future.request_id))
 
     def _new_future(self, num_bytes: int = 0) -> Future:
         self._forget_expired()
         self._waiting_bytes += num_bytes
+        self._num_pending += 1
         future = Future(uuid.uuid4().hex, num_bytes)
         self._futures[future.request_id] = future
         return future
@@ -297,8 +304,8 @@ class Session:
 
     def _forget_expired(self) -> None:
         deadline = time.monotonic() - _KEEP_RESULT_S
-        while self._finished and self._finished[0].finished_at < deadline:
-            del self._futures[self._finished.popleft().request_id]
+        while self._finished and self._finished[0][0] < deadline:
+            self._futures.pop(self._finished.popleft()[1], None)
 
 
 def _silent_name(model_id: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from firebox.trainer import session
 from firebox.trainer.session import Session
 from firebox.wire.errors import NotFound, ResourceExhausted
 from firebox.wire.training import (
@@ -215,5 +216,21 @@ def test_who_is_silent_and_has_no_work_is_found():
         gone = await notes.session.wait(notes.step(model_id, 2), 1)
         assert isinstance(gone, Failed)
         assert "silent for too long" in gone.error
+
+    run(test)
+
+
+def test_a_result_that_was_read_is_kept_for_a_while_only(monkeypatch):
+    monkeypatch.setattr(session, "_KEEP_READ_RESULT_S", 0.05)
+
+    async def test(notes: Notes) -> None:
+        model_id = await notes.model()
+        read, unread = (notes.step(model_id, seq_id) for seq_id in (1, 2))
+        for _ in range(2):
+            assert isinstance(await notes.session.wait(read, 1), OptimStepOutput)
+        await asyncio.sleep(0.1)
+        with pytest.raises(NotFound, match="expired"):
+            await notes.session.wait(read, 1)
+        assert isinstance(await notes.session.wait(unread, 1), OptimStepOutput)
 
     run(test)
