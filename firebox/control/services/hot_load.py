@@ -23,9 +23,7 @@ from firebox.wire.control import HotLoad
 from firebox.wire.errors import FailedPrecondition, InvalidArgument, NotFound
 from firebox.wire.worker import HotloadCommand, ReplicaStatus, WorkerAddress
 
-_NOT_MOVED: Final = (
-    "these weights give exactly the log-probs of those before; did a step with a gradient come between?"
-)
+_NOT_MOVED: Final = "these weights give exactly the log-probs of those before; did a step with a gradient come between?"
 _NOT_STARTED: Final = ReplicaStatus(current_snapshot_identity=None, stage="fetching")
 
 
