@@ -83,7 +83,6 @@ def test_the_reward_rises_with_weights_that_are_one_version_old(
     record("steps", len(steps))
     assert [step["rollout/staleness"] for step in steps] == [0.0] + [1.0] * (len(steps) - 1)
     assert after > before + 0.05
-    assert steps[0]["rollout/queue_s"] > 0
     assert all(step["rollout/window"] >= 1 for step in steps)
 
 
