@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 
 from firebox.gateway.limits import Key, Limits
 from firebox.gateway.observe import App, Message, Receive, Scope, Send
-from firebox.wire.errors import InvalidArgument, PermissionDenied, Unauthenticated
+from firebox.wire.errors import PermissionDenied, TooLarge, Unauthenticated
 from firebox.wire.tinker import DOWNLOADS
 
 MAX_BODY_BYTES: Final = 256 * 1024 * 1024
@@ -130,5 +130,5 @@ def _limited(receive: Receive, headers: Headers) -> Receive:
     return counted
 
 
-def _too_large() -> InvalidArgument:
-    return InvalidArgument(f"body: at most {MAX_BODY_BYTES // 2**20} MiB are accepted", reason="BODY_TOO_LARGE")
+def _too_large() -> TooLarge:
+    return TooLarge(f"body: at most {MAX_BODY_BYTES // 2**20} MiB are accepted; send fewer datums per request")

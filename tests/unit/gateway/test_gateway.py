@@ -275,8 +275,8 @@ def test_bug_behind_the_gateway_is_an_answer_without_its_secrets(base: str) -> N
 def test_body_beyond_the_limit_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
     assert ask(base, "POST", "/v1/echo", content=b"x" * 1000).status_code == 418
-    assert ask(base, "POST", "/v1/echo", content=b"x" * 1001).status_code == 400
-    assert ask(base, "POST", f"{WORKER}/api/v1/forward", content=iter([b"x" * 600] * 2)).status_code == 400
+    assert ask(base, "POST", "/v1/echo", content=b"x" * 1001).status_code == 413
+    assert ask(base, "POST", f"{WORKER}/api/v1/forward", content=iter([b"x" * 600] * 2)).status_code == 413
 
 
 def test_odd_request_ids_are_replaced(base: str) -> None:
