@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,6 @@ def config(server: RunningServer, folder: Path, **changes: Any) -> sft_loop.Conf
     return sft_loop.Config(**settings | changes)
 
 
-def stop_at(step: int) -> Callable[[dict[str, Any]], None]:
-    def see(row: dict[str, Any]) -> None:
-        if row["step"] == step:
-            raise KeyboardInterrupt
-
-    return see
-
-
 def losses(folder: Path) -> list[float]:
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
@@ -98,26 +91,39 @@ def test_a_dry_run_shows_everything_and_creates_nothing(
     assert "nothing was created" in printed
 
 
+KILLED_AT_STEP_5 = """
+import os, sys, tyro
+from training.recipes import sft_loop
+sft_loop.main(tyro.cli(sft_loop.Config), lambda row: row["step"] == 5 and os.kill(os.getpid(), 9))
+"""
+
+
 def test_a_cut_run_goes_on_as_if_it_had_not_been(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Cut behind the server's commit of step 4 and before the row that says so: the state is found on the server."""
+    """Killed at step 5, before the row that says that the server has committed step 4: it is found on the server."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
     sft_loop.main(config(server, whole))
-    with pytest.raises(KeyboardInterrupt):
-        sft_loop.main(config(server, cut), stop_at(5))
+    killed = config(server, cut)
+    arguments = [
+        "--base-model", MODEL, "--tokenizer-model", killed.tokenizer_model, "--dataset", killed.dataset,
+        "--log-path", killed.log_path, "--batch-size", "2", "--max-steps", "6", "--infra.training-shape-id", SHAPE,
+        "--weight-sync.dcp-save-interval", "2",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *arguments], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = running_jobs(server)
     log = CheckpointLog(cut / "run")
     first, second = log.rows()
     *rows, confirmed = log.path.read_text().splitlines(keepends=True)
     log.path.write_text("".join(rows))
     assert log.latest() == first
-    assert "resumed" not in capsys.readouterr().err
-
     result = sft_loop.main(config(server, cut, run=RunConfig(keep_checkpoints=2)))
     assert f"resumed at step 4, row 8, from {second.state_path}" in capsys.readouterr().err
     assert losses(cut) == losses(whole)
+    assert left not in running_jobs(server), "what the killed run left was removed"
     kept = log.rows()
     assert [row.step for row in kept] == [4, 6]
     assert result["checkpoints"] == [row.state_path for row in kept]

@@ -224,7 +224,7 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
     shape_id = str(config.infra.training_shape_id)
     with (
         RunLog(config, live=LIVE, curves=CURVES, mismatch_stop_after=config.rollout.mismatch_stop_after) as log,
-        Workspace() as workspace,
+        Workspace(config.log_path) as workspace,
     ):
         records = CheckpointLog(config.log_path)
         resume_from = records.to_resume(config, workspace.states)

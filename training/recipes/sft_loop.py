@@ -180,7 +180,7 @@ class Run:
 def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
     """Run the recipe; `on_step` sees every row of metrics. Returns job, checkpoints, final metrics, output model."""
     validate(config)
-    with RunLog(config, live=LIVE, curves=CURVES) as log, Workspace() as workspace:
+    with RunLog(config, live=LIVE, curves=CURVES) as log, Workspace(config.log_path) as workspace:
         if config.grad_accumulation_normalization not in (None, "none"):
             log.note("grad_accumulation_normalization divides once more: this loss is a mean per token already")
         records = CheckpointLog(config.log_path)

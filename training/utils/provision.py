@@ -1,7 +1,8 @@
 """What a run needs from the platform: trainers, a deployment, a promoted model, and their removal afterwards.
 
-Knows no algorithm. Invariant: whatever a `Workspace` creates is gone when its block ends, however it ends; checkpoints
-and promoted models stay. Nothing is created before the server, the key and the shapes are known to be good.
+Knows no algorithm. Invariant: whatever a `Workspace` creates is gone when its block ends, however it ends, or, after a
+kill, when the next run of that `log_path` begins to create; checkpoints and promoted models stay. Nothing is created
+before the server, the key and the shapes are known to be good.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -18,6 +20,7 @@ import httpx
 from training.utils.client import ReconnectableClient
 from training.utils.config import DeployConfig, InfraConfig, WeightSyncConfig
 from training.utils.errors import ConfigError, PlatformError
+from training.utils.ledger import Entry, Ledger
 from training.utils.reference import FrozenBase
 
 if TYPE_CHECKING:
@@ -32,10 +35,11 @@ SAMPLING_WINDOW = 64
 class Workspace:
     """A run's access to the platform at FIREWORKS_BASE_URL with FIREWORKS_API_KEY. Use as a context manager.
 
-    Raises PlatformError at once when the key is missing or refused, or nobody answers.
+    What it creates is recorded in `log_path`, if there is one. Raises PlatformError at once when the key is missing or
+    refused, or nobody answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log_path: str | Path | None = None) -> None:
         self.base_url = os.environ.get("FIREWORKS_BASE_URL", HOSTED_URL).rstrip("/")
         self.api_key = os.environ.get("FIREWORKS_API_KEY", "")
         if not self.api_key:
@@ -46,6 +50,7 @@ class Workspace:
         self.trainers = TrainerJobManager(api_key=self.api_key, base_url=self.base_url)
         self.deployments = DeploymentManager(api_key=self.api_key, base_url=self.base_url)
         self._cleanup = ExitStack()
+        self._ledger = Ledger(log_path) if log_path is not None else None
 
     def __enter__(self) -> Workspace:
         return self
@@ -79,8 +84,10 @@ class Workspace:
             extra_args=infra.extra_args,
             training_shape_ref=profile.training_shape_version,
             forward_only=forward_only,
+            requested_job_id=f"trainer-{uuid.uuid4().hex[:12]}",
         )
         with explained(f"trainer for {base_model}"):
+            self._will_create(Entry("trainer", str(job.requested_job_id)))
             created = self.trainers.create(job)
             self._cleanup.callback(self.trainers.delete, created.job_id)
             endpoint = self.trainers.wait_for_ready(created.job_id, created.job_name, timeout_s=infra.trainer_timeout_s)
@@ -138,10 +145,30 @@ class Workspace:
                     )
                 return deployment_id
             config = deployment_config(deployment_id, base_model, profile, deploy, job_name)
+            self._will_create(Entry("deployment", deployment_id))
             self._cleanup.callback(self.deployments.delete, deployment_id)
             if self.deployments.create_or_get(config).state != "READY":
                 self.deployments.wait_for_ready(deployment_id, timeout_s=deploy.deployment_timeout_s)
         return deployment_id
+
+    def _will_create(self, entry: Entry) -> None:
+        """Record it; the first time, remove what a killed run of this `log_path` has left and keep others out."""
+        if self._ledger is None:
+            return
+        if not self._ledger.is_claimed:
+            for left in self._ledger.claim():
+                self._remove(left)
+            self._ledger.clear()
+            # Cleaning up runs in reverse order: the record goes when everything on it has gone.
+            self._cleanup.callback(self._ledger.release)
+            self._cleanup.callback(self._ledger.clear)
+        self._ledger.add(entry)
+
+    def _remove(self, entry: Entry) -> None:
+        if entry.kind == "trainer" and self.trainers.try_get(entry.ident) is not None:
+            self.trainers.delete(entry.ident)
+        if entry.kind == "deployment" and self.deployments.get(entry.ident) is not None:
+            self.deployments.delete(entry.ident)
 
     def syncer(
         self, client: ReconnectableClient, deployment_id: str, base_model: str, lora_rank: int, sync: WeightSyncConfig
