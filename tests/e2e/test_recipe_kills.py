@@ -197,8 +197,8 @@ def test_rl_takes_every_step_once(server: RunningServer, tmp_path: Path, record:
     recipe = [
         "training.recipes.rl_loop", "--base-model", MODEL, "--reward", "rewards:reward",
         "--deployment.tokenizer-model", str(server.data / "models/local/tiny"),
-        "--dataset", str(tmp_path / "rows.jsonl"), "--max-steps", str(RL_STEPS), "--rollout.prompts-per-step", str(BATCH),
-        "--rollout.group-size", "2", "--rollout.max-tokens", "8",
+        "--dataset", str(tmp_path / "rows.jsonl"), "--max-steps", str(RL_STEPS),
+        "--rollout.prompts-per-step", str(BATCH), "--rollout.group-size", "2", "--rollout.max-tokens", "8",
         "--infra.training-shape-id", SHAPE, "--weight-sync.dcp-save-interval", str(INTERVAL),
     ]  # fmt: skip
     numbers = iter(range(1000))
