@@ -37,8 +37,8 @@ BUGS = (
     Bug(
         "inverted mask",
         "training/utils/render.py",
-        "rendered = Rendered(tokens, weights)",
-        "rendered = Rendered(tokens, [1.0 - weight for weight in weights])",
+        "    return Rendered(tokens, weights)",
+        "    return Rendered(tokens, [1.0 - weight for weight in weights])",
         "tests/unit/training/test_render.py",
     ),
     Bug(
@@ -51,8 +51,8 @@ BUGS = (
     Bug(
         "missing token count",
         "firebox/trainer/engine.py",
-        "state.count(result.num_loss_tokens, result.num_sequences)",
-        "state.count(0, result.num_sequences)",
+        "state.count(result.num_loss_tokens, result.num_sequences)\n        return result.output\n",
+        "state.count(0, result.num_sequences)\n        return result.output\n",
         "tests/numerics/test_golden_traces.py -k sft",
     ),
     Bug(
@@ -72,8 +72,8 @@ BUGS = (
     Bug(
         "data cursor + 1",
         "training/utils/data.py",
-        "position % num_rows] for position in range(consumed, consumed + size)]",
-        "position % num_rows] for position in range(consumed + (consumed > 0), consumed + size)]",
+        "    positions = range(consumed, consumed + size)",
+        "    positions = range(consumed + (consumed > 0), consumed + size)",
         "tests/unit/training/test_data.py -k test_the_position_alone",
     ),
     Bug(
