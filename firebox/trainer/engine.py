@@ -167,7 +167,7 @@ class Engine:
 
     def _check_create(self, create: CreateModel) -> None:
         spec, rank = self._spec, create.lora_config.rank
-        if _model_name(create.base_model) != _model_name(spec.base_model):
+        if _model_name(create.base_model) not in [_model_name(name) for name in (spec.base_model, *spec.aliases)]:
             raise InvalidArgument(
                 f"base_model: {create.base_model!r} is not loaded; this job trains {spec.base_model!r}"
             )
@@ -302,7 +302,7 @@ class Engine:
 
 
 def _model_name(resource: str) -> str:
-    return resource.rpartition("/")[2]
+    return resource.rpartition("/")[2].lower()
 
 
 def _now() -> str:

@@ -60,15 +60,16 @@ class WorkerAddress(msgspec.Struct, frozen=True):
 class TrainerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One trainer process.
 
-    `job` and `base_model` are resource names; `job_dir` holds `checkpoints/` and `snapshots/` of this job, and
-    `jobs_dir/<job id>/checkpoints` those of other jobs of the account (for `cross_job://`). `models_dir` holds the
-    account's registered models, none for a trainer alone; `allow_dirs` are where adapters may be loaded from besides.
-    `lora_rank` 0 is full-parameter training, otherwise the largest rank a model of this job may ask for. A `pooled`
-    trainer serves sessions that the server opened, so it takes every session id.
+    `job` and `base_model` are resource names, and the model goes by its `aliases`, too. `job_dir` holds `checkpoints/`
+    and `snapshots/` of this job, and `jobs_dir/<job id>/checkpoints` those of other jobs of the account (for
+    `cross_job://`). `models_dir` holds the account's registered models, none for a trainer alone; `allow_dirs` are
+    where adapters may be loaded from besides. `lora_rank` 0 is full-parameter training, otherwise the largest rank a
+    model of this job may ask for. A `pooled` trainer serves sessions that the server opened, so it takes every session.
     """
 
     job: str
     base_model: str
+    aliases: list[str] = []
     model_dir: str
     job_dir: str
     jobs_dir: str

@@ -24,6 +24,7 @@ from firebox.gateway.guard import allowed_hosts
 from firebox.gateway.proxy import LookUps
 from firebox.gateway.tinker import RootCalls
 from firebox.launch.local import LocalLauncher
+from firebox.launch.machine import Machine
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
@@ -32,7 +33,7 @@ def routes(folder: Path) -> list[tuple[str, str]]:
     """(method, path template) of every route of the whole server, documentation included."""
     layout = Layout(folder)
     layout.create()
-    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock), idle_s=60.0)
+    control = ControlPlane(layout, LocalLauncher(layout.run, layout.lock), Machine.here(), idle_s=60.0)
 
     async def nobody(*_: Any) -> Any:
         raise AssertionError("no request is sent to this app")

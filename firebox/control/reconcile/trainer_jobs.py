@@ -124,6 +124,7 @@ class TrainerJobs:
             return TrainerSpec(
                 job=row.name,
                 base_model=config.base_model,
+                aliases=shape.model.facts.get("aliases", []),
                 model_dir=str(layout.model(row.account, shape.model.id)),
                 job_dir=str(layout.job(row.account, row.id)),
                 jobs_dir=str(layout.jobs(row.account)),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
-from firebox.control.services import models, operations, trainer_jobs
+from firebox.control.services import models, operations, trainer_jobs, training_shapes
 from firebox.control.services.context import Control, canonical, own
 from firebox.control.tables.models import ModelRow
 from firebox.control.tables.operations import OperationRow
@@ -80,7 +80,8 @@ async def promote(control: Control, account: str, checkpoint: str, request: Prom
     check_model_id("output_model", output)
     job = own(account, request.trainer_job_id, TrainerJobRow.collection, field="trainer_job_id")
     await trainer_jobs.get(control, account, job)
-    base_model = canonical(account, request.base_model, "models", field="base_model")
+    public = canonical(account, request.base_model, "models", field="base_model")
+    base_model = (await training_shapes.canonical_names(control, account))(public)
     _, manifest = await snapshot(control, account, job, checkpoint)
     if manifest.kind == "delta":
         raise FailedPrecondition(

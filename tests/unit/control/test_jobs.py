@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,87 @@ def test_killed_trainer_fails_the_job_and_its_open_futures(server: Server) -> No
         assert server.own("DELETE", f"rlorTrainerJobs/doomed/checkpoints/{name}").status_code == 404
 
 
+def test_repeated_create_is_told_from_another_one(server: Server) -> None:
+    first = server.create_job("twice", fields={"displayName": "one"}).json()
+    again = server.create_job("twice", fields={"displayName": "one"})
+    assert again.status_code == 409
+    assert "these very settings" in again.json()["error"]["message"]
+    other = server.create_job("twice", "tiny-cpu-small", fields={"displayName": "two"})
+    assert other.status_code == 409
+    assert "displayName is 'one' there and 'two' here" in other.json()["error"]["message"]
+    assert "trainingShape is 'accounts/local/trainingShapes/tiny-cpu/versions/1'" in other.json()["error"]["message"]
+    assert server.own("GET", "rlorTrainerJobs/twice").json() == first
+    server.own("DELETE", "rlorTrainerJobs/twice")
+    assert "was deleted" in server.create_job("twice").json()["error"]["message"]
+
+
+def test_settings_of_a_job_are_shown_and_used(server: Server) -> None:
+    made = server.create_job(
+        "settled", fields={"displayName": "my job", "inactivityTimeout": "1800s"},
+        region="US_VIRGINIA_1", extraArgs=["--threads", "3"],
+    ).json()  # fmt: skip
+    assert (made["displayName"], made["inactivityTimeout"]) == ("my job", "1800s")
+    assert made["trainingConfig"]["region"] == "US_VIRGINIA_1"
+    assert server.trainer("settled")["threads"] == "3"
+    for expression in ('display_name="my job"', "state=JOB_STATE_RUNNING AND training_config.region=US_VIRGINIA_1"):
+        found = server.own("GET", "rlorTrainerJobs", params={"filter": expression}).json()["rlorTrainerJobs"]
+        assert [job["name"].rpartition("/")[2] for job in found] == ["settled"]
+    server.own("DELETE", "rlorTrainerJobs/settled")
+
+
+@pytest.mark.parametrize("shape", ["tiny-cpu-forward", "tiny-cpu", "tiny-cpu-lora", ""])
+def test_reference_runs_on_any_shape_and_trains_nothing(server: Server, shape: str) -> None:
+    made = server.create_job("reference-" + (shape or "auto"), shape, fields={"forwardOnly": True}).json()
+    assert (made["state"], made["forwardOnly"]) == ("JOB_STATE_RUNNING", True)
+    assert made["trainingShape"].split("/")[3] == (shape or "tiny-cpu-forward")
+    server.own("DELETE", f"rlorTrainerJobs/{made['name'].rpartition('/')[2]}")
+
+
+def test_unused_job_is_paused_and_can_be_resumed(server: Server) -> None:
+    server.create_job("idle", fields={"inactivityTimeout": "1s"})
+    server.create_job("kept", fields={"inactivityTimeout": "1s", "disableInactivityCleanup": True})
+    for _ in range(4):
+        time.sleep(0.4)
+        server.trainer("idle")
+    assert server.state("idle") == "JOB_STATE_RUNNING"
+    wait_for(lambda: server.state("idle") == "JOB_STATE_PAUSED")
+    assert "after 1 s without a call" in server.own("GET", "rlorTrainerJobs/idle").json()["statusMessage"]
+    refused = server.ask("POST", "/training/v1/rlorTrainerJobs/local/idle/api/v1/forward", json={})
+    assert "resume it" in refused.json()["error"]["message"]
+    assert server.own("POST", "rlorTrainerJobs/idle:resume").json()["state"] == "JOB_STATE_RUNNING"
+    assert server.trainer("idle")["path"] == "/api/v1/echo"
+    assert server.state("kept") == "JOB_STATE_RUNNING"
+    for job in ("idle", "kept"):
+        server.own("DELETE", f"rlorTrainerJobs/{job}")
+
+
+def test_deleted_job_is_kept_for_thirty_days(new_server: Callable[..., Server], model_files: Path) -> None:
+    server = new_server()
+    server.add_model("tiny", model_files)
+    for job in ("old", "recent"):
+        server.create_job(job)
+        with committed_dir(server.data / "jobs" / "local" / job / "checkpoints" / "last") as scratch:
+            made = "2026-01-01T00:00:00Z"
+            seal(scratch, CheckpointManifest(name="last", base_model="m", step=1, created_at=made, files=[]))
+        server.own("DELETE", f"rlorTrainerJobs/{job}")
+    server.stop()
+    with sqlite3.connect(server.data / "firebox.db") as database:
+        for job, days in (("old", 31), ("recent", 29)):
+            then = (datetime.now(UTC) - timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+            database.execute("UPDATE trainer_jobs SET update_time = ? WHERE id = ?", (then, job))
+    server.start()
+    wait_for(lambda: server.state("old") == "JOB_STATE_ARCHIVED")
+    assert not (server.data / "jobs" / "local" / "old").exists()
+    assert server.state("recent") == "JOB_STATE_DELETED"
+    counts = [
+        len(server.own("GET", f"rlorTrainerJobs/{j}/checkpoints").json()["checkpoints"]) for j in ("old", "recent")
+    ]
+    assert counts == [0, 1]
+    assert server.own("DELETE", "rlorTrainerJobs/old").json() == {}
+    assert server.own("GET", "rlorTrainerJobs").json()["totalSize"] == 0
+    assert server.own("GET", "rlorTrainerJobs", params={"showDeleted": True}).json()["totalSize"] == 2
+
+
 def test_trainer_that_cannot_start_fails_the_job_with_its_own_words(server: Server) -> None:
     job = server.create_job("broken").json()
     assert job["state"] == "JOB_STATE_FAILED"
@@ -100,6 +184,14 @@ def test_shape_is_selected_when_none_is_named(server: Server) -> None:
         ("tiny-cpu", {"projectionHeadDim": 4}, 400, "projectionHeadDim"),
         ("tiny-cpu", {"loraRank": "many"}, 400, "loraRank"),
         ("", {"acceleratorType": "NVIDIA_H200_141GB"}, 400, "tiny-cpu"),
+        ("", {"acceleratorCount": 8}, 400, "acceleratorCount"),
+        ("", {"maxContextLength": 4096}, 400, "maxContextLength"),
+        ("tiny-cpu", {"acceleratorType": "NVIDIA_H200_141GB"}, 400, "trainingConfig.acceleratorType: the shape"),
+        ("tiny-cpu", {"acceleratorCount": 1}, 400, "trainingConfig.acceleratorCount: the shape"),
+        ("tiny-cpu", {"maxContextLength": 64}, 400, "trainingConfig.maxContextLength: the shape"),
+        ("tiny-cpu", {"customImageTag": "9.9"}, 400, "trainingConfig.customImageTag"),
+        ("tiny-cpu", {"extraArgs": ["--fast"]}, 400, "known: --threads"),
+        ("tiny-nodes2", {}, 400, "2 nodes"),
     ],
 )
 def test_wrong_request_names_the_fix(server: Server, shape: str, config: dict, status: int, words: str) -> None:  # type: ignore[type-arg]
@@ -107,6 +199,23 @@ def test_wrong_request_names_the_fix(server: Server, shape: str, config: dict, s
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
     assert server.own("GET", "rlorTrainerJobs/wrong").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"inactivityTimeout": "half an hour"}, "inactivityTimeout"),
+        ({"inactivityTimeout": "10801s"}, "up to 10800"),
+        ({"nodeCount": 2}, "nodeCount"),
+        ({"trainerReplicaCount": 2}, "trainerReplicaCount"),
+        ({"displayName": "x" * 64}, "displayName"),
+        ({"extraValues": {"a": "b"}}, "extraValues"),
+    ],
+)
+def test_wrong_setting_names_the_fix(server: Server, fields: dict, words: str) -> None:  # type: ignore[type-arg]
+    answer = server.create_job("wrong", fields=fields)
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
 
 
 def test_restart_takes_live_jobs_back_and_tells_the_truth_about_dead_ones(
