@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -31,8 +32,9 @@ class Checkpoint:
     """One row. `state_path` loads into any job of the same model, `sampler_path` can be promoted.
 
     A row with neither was written when a save began, and ends there when the run was cut off meanwhile. `step` counts
-    finished optimizer steps, `data_consumed` rows of the data stream. `fixed` has what both depend on, the seed
-    included: every draw of a recipe follows from seed, step and row, so that these three are its whole random state.
+    finished optimizer steps, `data_consumed` rows of the data stream, `seconds` is what the save took. `fixed` has what
+    a row number depends on, the seed included: every draw of a recipe follows from seed, step and row, so that these
+    three are its whole random state.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Checkpoint:
     fixed: dict[str, Any]
     state_path: str | None = None
     sampler_path: str | None = None
+    seconds: float | None = None
 
 
 class CheckpointLog:
@@ -55,11 +58,9 @@ class CheckpointLog:
 
         Raises CheckpointError with the line of one that cannot be read.
         """
-        if not self.path.exists():
-            return []
         known = {field.name for field in fields(Checkpoint)}
         rows: dict[tuple[str, str], Checkpoint] = {}
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(self._whole_lines(), start=1):
             try:
                 row = Checkpoint(**{key: value for key, value in json.loads(line).items() if key in known})
             except (ValueError, TypeError, AttributeError) as exc:
@@ -101,18 +102,25 @@ class CheckpointLog:
 
     def append(self, row: Checkpoint) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write([*self._whole_lines(), json.dumps(asdict(row)) + "\n"])
 
     def drop(self, rows: Iterable[Checkpoint]) -> None:
-        """Forget rows, in one step: a reader sees the file before or after."""
+        """Forget rows."""
         dropped = list(rows)
-        kept = [row for row in self.rows() if row not in dropped]
+        self._write([json.dumps(asdict(row)) + "\n" for row in self.rows() if row not in dropped])
+
+    def _whole_lines(self) -> list[str]:
+        """A last line without an end is the rest of a write that a crash cut; it says nothing."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
+
+    def _write(self, lines: Iterable[str]) -> None:
+        """Replace the file in one step: a reader sees it before or after."""
         whole = self.path.with_suffix(".new")
         with whole.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(asdict(row)) + "\n" for row in kept)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         whole.replace(self.path)
@@ -194,9 +202,10 @@ class Checkpointer:
             return latest
         begun = self._row(f"step-{step}", step, data_consumed)
         self.log.append(begun)
+        started = time.monotonic()
         name = self.client.save_state(begun.name, timeout=self.timeout).path.rsplit("/", 1)[-1]
         path = self.client.resolve_checkpoint_path(name, source_job_id=self.client.job_id)
-        saved = replace(begun, state_path=path)
+        saved = replace(begun, state_path=path, seconds=round(time.monotonic() - started, 3))
         self.log.append(saved)
         self._prune()
         return saved

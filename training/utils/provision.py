@@ -110,9 +110,13 @@ class Workspace:
     def states(self, job_id: str) -> list[str]:
         """Names of what a job has saved; none for a job that the server does not know."""
         with explained(f"checkpoints of {job_id}"):
-            if self.trainers.try_get(job_id) is None:
-                return []
-            return [row["name"].rpartition("/")[2] for row in self.trainers.list_checkpoints(job_id)]
+            try:
+                return [row["name"].rpartition("/")[2] for row in self.trainers.list_checkpoints(job_id)]
+            except RuntimeError:
+                # Checkpoints may outlive their job, so only a list that is refused makes its job worth a question.
+                if self.trainers.try_get(job_id) is None:
+                    return []
+                raise
 
     def delete_state(self, job_id: str, name: str) -> bool:
         """Remove a saved state for good. False when the server deletes no checkpoints, or has none of that name."""

@@ -105,6 +105,10 @@ def test_types_of_the_tinker_package_mean_the_same(client: ReconnectableClient) 
     own = datum()
     assert to_datums([own]) == [own]
     assert client.forward([foreign]).metrics == client.forward([own]).metrics
+    from fireworks.training import tinker as fireworks_tinker
+
+    same = fireworks_tinker.AdamParams(learning_rate=0.5)
+    assert to_adam(same) is same
     adam = to_adam(tinker.AdamParams(learning_rate=0.5, beta2=0.9))
     assert (adam.learning_rate, adam.beta2) == (0.5, 0.9)
 

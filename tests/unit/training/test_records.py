@@ -62,6 +62,16 @@ def test_a_broken_checkpoint_row_is_an_error_not_a_fresh_start(tmp_path: Path) -
         log.latest()
 
 
+def test_the_rest_of_a_cut_write_says_nothing(tmp_path: Path) -> None:
+    log = CheckpointLog(tmp_path)
+    log.append(row(2))
+    with log.path.open("a") as file:
+        file.write('{"name": "ste')
+    assert log.rows() == [row(2)]
+    log.append(row(4))
+    assert log.rows() == [row(2), row(4)]
+
+
 def test_the_newest_state_of_the_server_is_resumed(tmp_path: Path) -> None:
     log = CheckpointLog(tmp_path)
     assert log.to_resume(config(tmp_path), holding()) is None
