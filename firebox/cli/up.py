@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import os
 import socket
@@ -161,3 +162,5 @@ def _announce(layout: Layout, listener: socket.socket, host: str, new_key: str |
     print(f"  export FIREWORKS_BASE_URL={url}")
     print(f"  export FIREWORKS_API_KEY={new_key or f'$(cat {layout.api_key})'}")
     print(f"  export TINKER_BASE_URL={url} TINKER_API_KEY=tml-$FIREWORKS_API_KEY", flush=True)
+    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        print("  Keys and data travel unencrypted: put a TLS proxy in front of this before others use it.", flush=True)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import APIKeyHeader, HTTPBasic, HTTPBearer
 from starlette.exceptions import HTTPException
 
 from firebox import __version__
@@ -53,6 +54,17 @@ from firebox.wire.worker import ReplicaStatus, WorkerAddress
 
 _PROBE_S = 20.0
 _ASK_S = 600.0
+
+
+# The gateway checks the key; these say in the document where it goes, for its readers and for the tools they use.
+_KEYS = [
+    Depends(APIKeyHeader(name="X-Api-Key", auto_error=False)),
+    Depends(HTTPBearer(auto_error=False)),
+    Depends(HTTPBasic(auto_error=False)),
+]
+_ABOUT = """The control plane. Every request carries an API key. Training operations go to
+`/training/v1/rlorTrainerJobs/{account}/{job}/api/v1/*`, those of root sessions to `/api/v1/*`, and samples to
+`/inference/v1/completions` and `/inference/v1/chat/completions`: workers answer those, as the SDKs speak them."""
 
 
 class ControlPlane:
@@ -113,7 +125,7 @@ def clear_staging(layout: Layout) -> None:
 
 
 def _build_app(control: Control) -> FastAPI:
-    app = FastAPI(title="Firebox", version=__version__)
+    app = FastAPI(title="Firebox", version=__version__, description=_ABOUT, dependencies=_KEYS)
     app.state.control = control
     for module in (accounts, api_keys, models, training_shapes, trainer_jobs, checkpoints, operations, deployments):
         app.include_router(module.router)

@@ -17,9 +17,13 @@ from running import MODEL, RunningServer
 
 from firebox.weights.manifest import read_snapshot
 
+PARENT = "accounts/local/models"
 TOLERANCE = 1e-5
 """Nats, in float32."""
-SAVES = {"full": {"base": "HF_BASE_MODEL"}, "lora": {"base": "HF_PEFT_ADDON", "merged_base": "HF_BASE_MODEL"}}
+SAVES = {
+    "full": {"base": "HF_BASE_MODEL"},
+    "lora": {"merged_base": "HF_BASE_MODEL"} | ({"base": "HF_PEFT_ADDON"} if FULL else {}),
+}
 
 
 @contextmanager
@@ -63,6 +67,19 @@ def difference(directory: Path, snapshot: Path) -> float:
     return float((computed - torch.tensor(manifest.probe.logprobs)).abs().max())
 
 
+def chats(server: RunningServer, model: str) -> None:
+    """The promoted model serves, and the command line talks to it."""
+    params = {"deploymentId": model}
+    made = server.ask("POST", "/v1/accounts/local/deployments", params=params, json={"baseModel": f"{PARENT}/{model}"})
+    assert made.json()["state"] == "READY", made.text
+    try:
+        answer = server.command("chat", model, "-m", "Hello", "--temperature", "0", "--max-tokens", "8")
+        assert answer == server.command("chat", model, "-m", "Hello", "--temperature", "0", "--max-tokens", "8")
+        assert answer.strip()
+    finally:
+        server.ask("DELETE", f"/v1/accounts/local/deployments/{model}")
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("how", ["full", "lora"] if FULL else ["lora"])
 def test_promoted_model_computes_what_was_trained(
@@ -83,6 +100,7 @@ def test_promoted_model_computes_what_was_trained(
             record(f"{kind}: after export, nats", difference(tmp_path / name, snapshots / saved))
             assert difference(tmp_path / name, snapshots / saved) <= TOLERANCE
             assert difference(untrained, snapshots / saved) > 100 * TOLERANCE
+            chats(server, name)
             server.command("models", "delete", name)
         damaged = client.save_weights_for_sampler_ext("damaged", checkpoint_type="base").snapshot_name
         (weights,) = (snapshots / damaged).glob("*.safetensors")

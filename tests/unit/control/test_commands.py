@@ -18,6 +18,18 @@ from test_up import firebox  # type: ignore[import-not-found]
 COMMIT = "1" * 40
 
 
+def test_every_command_has_an_example() -> None:
+    from typer.main import get_command
+
+    from firebox.cli import app
+
+    commands: dict[str, Any] = dict(get_command(app).commands)  # type: ignore[attr-defined]
+    for group in [name for name, command in commands.items() if hasattr(command, "commands")]:
+        commands |= {f"{group} {name}": command for name, command in commands.pop(group).commands.items()}
+    assert {"up", "doctor", "chat", "models pull", "models export", "keys create"} <= set(commands)
+    assert [n for n, c in commands.items() if not c.hidden and "Example" not in (c.callback.__doc__ or "")] == []
+
+
 def test_keys_are_made_listed_and_revoked(server: Server) -> None:
     made = firebox("keys", "create", "laptop", "--account", "alice", "--max-concurrent", "3", data=server.data)
     name, secret = made.stdout.split(",")[0], made.stdout.split()[-1]

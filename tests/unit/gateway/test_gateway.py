@@ -284,8 +284,15 @@ def test_odd_request_ids_are_replaced(base: str) -> None:
     assert len(answer.headers["x-request-id"]) == 32
 
 
-def test_ticket_opens_downloads_only(base: str) -> None:
+def test_ticket_opens_downloads_only(base: str, caplog: pytest.LogCaptureFixture) -> None:
     download = f"{base}/api/v1/downloads/{TICKET}/file"
+    with caplog.at_level("INFO", "firebox"):
+        httpx.get(download)
+        deadline = time.monotonic() + 5
+        while "/api/v1/downloads/..." not in caplog.text:  # a request is logged after its answer
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert TICKET not in caplog.text
     assert httpx.get(download).status_code == 404, "let in, and this control plane has no such file"
     assert httpx.post(download).status_code == 401
     assert httpx.get(download.replace(TICKET, "another")).status_code == 401
