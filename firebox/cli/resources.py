@@ -26,12 +26,12 @@ def status(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> Non
 
 
 def shapes(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
-    """Training shapes: what a trainer job can be created on. Example: firebox shapes"""
+    """Training shapes: what a trainer job can be created on, and why not here. Example: firebox shapes"""
     client = connect(data_dir)
     found = client.every("trainingShapes/-/versions", "trainingShapeVersions")
-    rows = found if as_json else [{"name": version["name"], **version["snapshot"]} for version in found]
+    rows = found if as_json else [{**version, **version["snapshot"]} for version in found]
     columns = {"shape": "name", "trains": "trainerMode", "on": "acceleratorType", "tokens": "maxSupportedContextLength"}
-    show(rows, columns, as_json)
+    show(rows, columns | {"not here": "misfit"}, as_json)
     if not as_json:
         print(f"In a recipe: --infra.training-shape-id accounts/{client.account}/trainingShapes/<shape>")
 

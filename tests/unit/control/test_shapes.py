@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from control_harness import Server  # type: ignore[import-not-found]
 
 from firebox.control.catalogue import load_templates
+from firebox.control.tables import trainer_jobs as tables
 from firebox.wire.errors import InvalidArgument
 
 ALL = "/v1/accounts/-/trainingShapes/-/versions"
@@ -133,3 +135,15 @@ def test_wrong_template_names_file_and_field(tmp_path: Path, text: str, words: s
         load_templates(tmp_path)
     assert "mine.yaml" in refused.value.message
     assert words in refused.value.message
+
+
+def test_pages_name_every_template_and_state() -> None:
+    pages = Path(__file__).parents[3] / "docs" / "reference"
+    table = (pages / "shapes.md").read_text().partition("## Templates")[2].partition("\n## ")[0]
+    told = re.findall(r"`([\w-]+)`", "".join(line.split("|")[1] for line in table.splitlines() if line[:1] == "|"))
+    assert sorted(told) == sorted({template.id for template in load_templates(Path("/nowhere"))})
+    rows = [line for line in (pages / "jobs.md").read_text().splitlines() if line.startswith("| `")]
+    states = {f"JOB_STATE_{state}" for line in rows for state in re.findall(r"`(\w+)`", line.split("|")[1])}
+    assert states == {value for name, value in vars(tables).items() if name.isupper() and isinstance(value, str)} - {
+        tables.CANCELLING, tables.DELETING
+    }  # fmt: skip
