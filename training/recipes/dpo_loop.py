@@ -193,13 +193,14 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
 
         # --- reference ---
         everything, who = [*train, *held_out], who_is_reference(config.base_model, config.lora_rank, config.infra)
-        reference = recall(log.folder, who, everything) if start > 0 else None
+        folder = log.folder / "reference"
+        reference = recall(folder, who, everything) if start > 0 else None
         if reference is None:
             log.note(f"asking the reference, {who}, about {len(everything)} pairs")
-            with Workspace() as apart:  # a trainer that is only the reference is gone once it has answered
+            with Workspace(folder) as apart:  # a trainer that is only the reference is gone once it has answered
                 frozen = apart.reference(config.base_model, config.infra, client, config.lora_rank) or client
                 reference = ask(frozen.forward, who, everything, config.batch_size)
-            reference.save(log.folder)
+            reference.save(folder)
 
         log.begin(start, plan.total_steps, job_id=client.job_id)
 

@@ -21,7 +21,7 @@ from training.utils.pairs import Forward, RenderedPair, answer_logprobs, score
 if TYPE_CHECKING:
     from torch import Tensor
 
-FILE_NAME = "reference.json"
+FILE_NAME = "logprobs.json"
 FIRST_WEIGHTS = "the weights this run began with"
 
 
@@ -40,7 +40,7 @@ class Reference:
         return said[:, 0], said[:, 1]
 
     def save(self, folder: Path) -> None:
-        """Write it to the run's folder, whole or not at all."""
+        """Write it to this folder, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{FILE_NAME}.part"
         with part.open("w", encoding="utf-8") as file:

@@ -126,7 +126,7 @@ def test_a_reference_that_cannot_be_remembered_is_an_error(tmp_path: Path) -> No
     other = RenderedPair(PAIRS[0].chosen, PAIRS[1].rejected)
     with pytest.raises(CheckpointError, match="lacks 1 of 3 pairs"):
         recall(tmp_path, FIRST_WEIGHTS, [*PAIRS, other])
-    (tmp_path / "reference.json").write_text('{"who": "base", "logprobs": {"a": 1}}')
+    (tmp_path / "logprobs.json").write_text('{"who": "base", "logprobs": {"a": 1}}')
     with pytest.raises(CheckpointError, match="does not hold a reference's log-probs"):
         recall(tmp_path, "base", PAIRS)
 
