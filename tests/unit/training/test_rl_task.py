@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 
+from training.recipes.rl_loop import Config
 from training.utils.data import Row
 from training.utils.errors import ConfigError, DataError
 from training.utils.rl.config import RolloutConfig
@@ -69,6 +71,17 @@ def test_what_cannot_be_a_reward_is_refused_before_anything_runs(wrong: Any) -> 
 def test_a_reward_must_be_a_finite_number(value: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:3: the reward function returned"):
         reward_of(lambda completion, row: value)
+
+
+def test_a_command_line_names_functions() -> None:
+    said = (
+        "--base-model m --dataset d --reward training.examples.calculator:reward "
+        "--rollout.environment training.examples.calculator:Calculator --policy-loss cispo --policy.clip-high 3"
+    )
+    config = tyro.cli(Config, args=said.split())
+    assert (config.policy_loss, config.policy.clip_high) == ("cispo", 3)
+    talk = asyncio.run(Task(config.reward, config.rollout).begin(ROW))
+    assert asyncio.run(talk("no call")) == []
 
 
 def test_what_a_reward_raises_is_not_dressed_up() -> None:
