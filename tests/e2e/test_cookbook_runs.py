@@ -80,7 +80,7 @@ def test_a_dry_run_shows_everything_and_creates_nothing(
     assert not (tmp_path / "run").exists()
     sources = {name: setting["source"] for name, setting in shown["settings"].items()}
     assert sources["batch_size"] == "set"
-    assert sources["optim.learning_rate"] == "default"
+    assert shown["settings"]["optim.learning_rate"] == {"value": 1e-4, "source": "default"}
     assert sources["infra.accelerator_type"].startswith(f"{SHAPE}/versions/")
     assert sources["FIREWORKS_BASE_URL"] == "environment"
     assert shown["settings"]["FIREWORKS_BASE_URL"]["value"] == server.url

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from training.utils.config import Checked, RecipeConfig, RunConfig
 
@@ -37,9 +37,8 @@ class Setting(NamedTuple):
 
 
 def settings(config: RecipeConfig) -> dict[str, Any]:
-    """All fields by their names on the command line; what is no plain value becomes its text. For records of a run."""
-    plain = (str, int, float, bool, list, dict, type(None))
-    return {s.name: s.value if isinstance(s.value, plain) else str(s.value) for s in _listed(config)}
+    """All fields by their names on the command line, as plain values. For records of a run."""
+    return {s.name: _plain(s.value) for s in _listed(config)}
 
 
 def resolve(config: RecipeConfig, policy: TrainingShapeProfile) -> list[Setting]:
@@ -65,11 +64,11 @@ def show(config: RecipeConfig, policy: TrainingShapeProfile, estimate: Mapping[s
         (f"Training shape {policy.training_shape}", [(name, _text(value)) for name, value in shape.items()]),
         ("Estimate; nothing was created", [(name, _text(value)) for name, value in estimate.items()]),
     ):
-        table = Table.grid(padding=(0, 2))
+        table = Table.grid("", *[Column(overflow="fold") for _ in rows[0]], padding=(0, 2))
         for row in rows:
             table.add_row("", *row)
         console.print(f"\n{title}", table)
-    sources = {s.name: {"value": _text(s.value), "source": s.source} for s in resolved}
+    sources = {s.name: {"value": _plain(s.value), "source": s.source} for s in resolved}
     return {"settings": sources, "shape": shape, "estimate": dict(estimate)}
 
 
@@ -87,6 +86,11 @@ def _default(field: Field[Any], defaults: Checked | None) -> Any:
     if defaults is not None:
         return getattr(defaults, field.name)
     return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold; anything else, a function say, becomes its text."""
+    return value if isinstance(value, str | int | float | list | dict | None) else str(value)
 
 
 def _text(value: Any) -> str:
