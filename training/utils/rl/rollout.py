@@ -105,21 +105,20 @@ class Rollouts:
     async def _trajectory(self, prompt: Prompt, temperature: float, seed: int) -> Trajectory:
         row, version, limit = prompt.row, self.version, self._settings.max_tokens
         respond = await self._task.begin(row)
-        said, messages, num_turns, truncated = _Said(), list(row.messages), 0, False
-        replies: list[Message] = []
-        while not num_turns or replies:
-            completion = await self._complete(
-                prompt.tokens + said.tokens, limit - len(said.tokens), temperature, seed + num_turns
-            )
+        said, messages, num_turns = _Said(), list(row.messages), 0
+        while True:
+            room, draw = limit - len(said.tokens), seed + num_turns
+            completion = await self._complete(prompt.tokens + said.tokens, room, temperature, draw)
             said.add(completion.tokens, completion.logprobs)
-            num_turns += 1
             messages.append({"role": "assistant", "content": completion.text})
-            truncated = completion.truncated
+            num_turns, truncated = num_turns + 1, completion.truncated
             if truncated or num_turns == self._settings.max_turns:
                 break
             replies = await respond(completion.text)
-            tokens = reply_tokens(self._tokenizer, replies, row) if replies else []
-            truncated = len(said.tokens) + len(tokens) >= limit and bool(replies)
+            if not replies:
+                break
+            tokens = reply_tokens(self._tokenizer, replies, row)
+            truncated = len(said.tokens) + len(tokens) >= limit
             if truncated:
                 break
             said.add(tokens, None)
