@@ -92,8 +92,9 @@ def _render_whole(tokenizer: Any, row: Row) -> Rendered:
     rendered = _render(tokenizer, row)
     if rendered is None:
         raise DataError(
-            f"{row.origin}: the chat template renders a reply differently once others follow, so what the model would "
-            "sample is unknown; let one assistant message be trained, or use a template with {% generation %} tags"
+            f"{row.origin}: the chat template renders a reply differently than the model would sample it: it begins or "
+            "ends in another way than behind the prompt alone; let one message be trained, set chat_template_kwargs in "
+            "the row (enable_thinking, say), or use a template with {% generation %} tags"
         )
     return rendered
 
@@ -102,7 +103,7 @@ def _render(tokenizer: Any, row: Row) -> Rendered | None:
     """The whole conversation, or None where the replies to train are not what the model would have sampled."""
     tokens = _template(tokenizer, row.messages, row)
     tagged = GENERATION_TAG.search(_source(tokenizer, row))
-    spans = _tagged_spans(tokenizer, row) if tagged else _prefix_spans(tokenizer, row, tokens)
+    spans = _tagged_spans(tokenizer, row, tokens) if tagged else _prefix_spans(tokenizer, row, tokens)
     if spans is None:
         return None
     weights = [0.0] * len(tokens)
@@ -140,11 +141,12 @@ def _with_stop_token(tokenizer: Any, tokens: list[int], start: int, end: int, ro
     )
 
 
-def _tagged_spans(tokenizer: Any, row: Row) -> list[Span]:
-    """Spans of the replies to train, which the template itself marks as generated."""
-    encoded = tokenizer.apply_chat_template(
-        _plain(row.messages), tools=row.fields.get("tools"), return_dict=True, return_assistant_tokens_mask=True
-    )
+def _tagged_spans(tokenizer: Any, row: Row, whole: list[int]) -> list[Span]:
+    """Spans of the replies to train, which the template itself marks as generated.
+
+    Some templates also mark what they put in front of a reply when the model is to speak; nobody samples that.
+    """
+    encoded = _apply(tokenizer, row.messages, row, return_dict=True, return_assistant_tokens_mask=True)
     mask = [0, *encoded["assistant_masks"], 0]
     starts = [i for i in range(len(mask) - 1) if mask[i + 1] and not mask[i]]
     ends = [i for i in range(len(mask) - 1) if mask[i] and not mask[i + 1]]
@@ -154,8 +156,13 @@ def _tagged_spans(tokenizer: Any, row: Row) -> list[Span]:
             f"{row.origin}: the chat template marks {len(starts)} generated spans for {len(replies)} replies; "
             "an empty reply or a template that merges turns cannot be trained"
         )
-    spans = zip(replies, starts, ends, strict=True)
-    return [(start, end) for index, start, end in spans if index in trained]
+    spans = []
+    for index, start, end in zip(replies, starts, ends, strict=True):
+        if index in trained:
+            before = _template(tokenizer, row.messages[:index], row, add_generation_prompt=True)
+            given = len(before) if whole[: len(before)] == before else 0
+            spans.append((max(start, given), end))
+    return spans
 
 
 def _prefix_spans(tokenizer: Any, row: Row, whole: list[int]) -> list[Span] | None:
@@ -178,21 +185,24 @@ def _source(tokenizer: Any, row: Row) -> str:
 def _template(tokenizer: Any, messages: list[Message], row: Row, add_generation_prompt: bool = False) -> list[int]:
     from jinja2 import TemplateError
 
-    tools = row.fields.get("tools")
-    uses = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
+    uses = {"tools": bool(row.fields.get("tools")), "tool_calls": any("tool_calls" in message for message in messages)}
     lost = [name for name, used in uses.items() if used and name not in _source(tokenizer, row)]
     if lost:
         raise DataError(
             f"{row.origin}: the chat template leaves out {lost[0]!r}; use a tokenizer whose template has it"
         )
     try:
-        tokens: list[int] = tokenizer.apply_chat_template(
-            _plain(messages), tools=tools, add_generation_prompt=add_generation_prompt, return_dict=False
+        tokens: list[int] = _apply(
+            tokenizer, messages, row, return_dict=False, add_generation_prompt=add_generation_prompt
         )
     except TemplateError as exc:
         raise DataError(f"{row.origin}: the chat template refuses these messages: {exc}") from exc
     return tokens
 
 
-def _plain(messages: list[Message]) -> list[Message]:
-    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+def _apply(tokenizer: Any, messages: list[Message], row: Row, **options: bool) -> Any:
+    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    settings = row.fields.get("chat_template_kwargs") or {}
+    if not isinstance(settings, dict):
+        raise DataError(f"{row.origin}: chat_template_kwargs: expected an object, found {type(settings).__name__}")
+    return tokenizer.apply_chat_template(plain, tools=row.fields.get("tools"), **settings, **options)

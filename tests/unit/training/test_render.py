@@ -90,7 +90,7 @@ def test_a_pair_shares_its_prompt_and_trains_both_answers(tokenizer: Any) -> Non
         assert tokenizer.decode(chosen.trained_tokens).endswith("2 it is<|im_end|>")
         assert tokenizer.decode(rejected.trained_tokens).endswith("no idea<|im_end|>")
     tokenizer.chat_template = REWRITES
-    with pytest.raises(DataError, match=r"a.jsonl:1: .*differently once others follow"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: .*differently than the model would sample it"):
         render_pair(tokenizer, Pair(row(TURNS), row(TURNS)))
 
 
@@ -140,3 +140,51 @@ def test_datums_score_each_token_where_the_one_before_is_read() -> None:
     assert datum.loss_fn_inputs["weights"].data == [0.0, 1.0]
     with pytest.raises(ValueError, match="2 values for 3 tokens"):
         build_datum([5, 6, 7], weights=[0.0, 1.0])
+
+
+THOUGHT = [*TURNS[:4], {"role": "assistant", "content": "<think>\nhm\n</think>\n\n2 it is"}]
+
+
+@pytest.mark.parametrize(
+    ("family", "stop", "messages", "trained"),
+    [
+        ("qwen2_5", "<|im_end|>", TURNS, ["1<|im_end|>2 it is<|im_end|>"]),
+        # Marks the line break behind the header, too, which is part of the generation prompt.
+        ("qwen2_5_training", "<|im_end|>", TURNS, ["1<|im_end|>2 it is<|im_end|>"]),
+        # Puts empty thoughts into the last reply only, so each reply is a row of its own.
+        (
+            "qwen3",
+            "<|im_end|>",
+            THOUGHT,
+            ["<think>\n\n</think>\n\n1<|im_end|>", "<think>\nhm\n</think>\n\n2 it is<|im_end|>"],
+        ),
+        # Opens the thoughts in the generation prompt.
+        ("qwen3_5_think", "<|im_end|>", THOUGHT, ["\n</think>\n\n1<|im_end|>", "hm\n</think>\n\n2 it is<|im_end|>"]),
+        ("llama3_1", "<|eot_id|>", TURNS, ["1<|eot_id|>2 it is<|eot_id|>"]),
+        ("gemma3", "<end_of_turn>", TURNS, ["1<end_of_turn>2 it is<end_of_turn>"]),
+        # Ends a conversation, whatever its length, with one more token.
+        ("phi3", "<|end|>", TURNS, ["1<|end|>", "2 it is<|end|>"]),
+    ],
+)
+def test_templates_of_real_models(
+    tokenizer: Any, family: str, stop: str, messages: list[dict[str, Any]], trained: list[str]
+) -> None:
+    """The templates lie in TRL's package."""
+    trl = pytest.importorskip("trl")
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text()
+    tokenizer.add_special_tokens({"eos_token": stop, "bos_token": "<s>"})
+    rendered = render_chat(tokenizer, row(messages))
+    assert [tokenizer.decode(one.trained_tokens) for one in rendered] == trained
+
+
+def test_a_row_may_set_what_its_template_asks_for(tokenizer: Any) -> None:
+    tokenizer.chat_template = PLAIN.replace(
+        "assistant\n{% endif %}", "assistant\n{% if not quick %}<think>{% endif %}{% endif %}"
+    )
+    with pytest.raises(DataError, match="begins or ends in another way than behind the prompt alone"):
+        render_chat(tokenizer, row(TURNS))
+    quick = row(TURNS, chat_template_kwargs={"quick": True})
+    assert tokenizer.decode(render_one(tokenizer, quick).trained_tokens) == "1<|im_end|>2 it is<|im_end|>"
+    assert tokenizer.decode(render_prompt(tokenizer, quick)).endswith("<|im_start|>assistant\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: chat_template_kwargs: expected an object, found str"):
+        render_prompt(tokenizer, row(TURNS[:2], chat_template_kwargs="quick"))
