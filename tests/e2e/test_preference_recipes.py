@@ -16,7 +16,7 @@ from running import MODEL, RunningServer
 
 from training.examples.preferences import make_preferences
 from training.recipes import dpo_loop, orpo_loop, sft_loop
-from training.utils import InfraConfig, OptimConfig, WeightSyncConfig
+from training.utils import InfraConfig, OptimConfig, PlatformError, WeightSyncConfig
 
 DATA = Path(os.environ.get("FIREBOX_TEST_DATA") or "/nonexistent")
 SHAPES = "accounts/local/trainingShapes"
@@ -104,6 +104,17 @@ def test_dpo_that_is_cut_off_goes_on_with_the_reference_it_began_with(about: dic
     # Before the first step, policy and reference are the same model.
     assert first[0]["eval/loss"] == first[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first[-1]["eval/accuracy"] >= 0.75
+
+
+def test_a_reference_shape_that_is_not_there_is_told_before_a_trainer_starts(
+    server: RunningServer, about: dict[str, Any]
+) -> None:
+    jobs = "/v1/accounts/local/rlorTrainerJobs"
+    before = server.ask("GET", jobs).json()
+    infra = replace(FULL_MODEL, ref_training_shape_id=f"{SHAPES}/no-such-shape")
+    with pytest.raises(PlatformError, match="no-such-shape"):
+        dpo_loop.main(dpo_loop.Config(**about, infra=infra))
+    assert server.ask("GET", jobs).json() == before
 
 
 @pytest.mark.prove

@@ -169,6 +169,8 @@ def main(config: Config, on_step: Callable[[dict[str, Any]], None] = lambda row:
         records = CheckpointLog(config.log_path)
         resume_from = records.to_resume(config, workspace.states)
         profile = workspace.resolve(str(config.infra.training_shape_id))
+        if config.infra.ref_training_shape_id:
+            workspace.resolve(config.infra.ref_training_shape_id)  # a shape that is not there costs no trainer
         tokenizer = load_tokenizer(config.tokenizer_model)
         limit, fraction = context_limit(profile, config.max_seq_len), config.eval_fraction
         train, held_out = load_pairs(
