@@ -62,6 +62,14 @@ def test_logs_are_of_jobs_and_deployments(server: Server) -> None:
     server.own("DELETE", "deployments/logged")
 
 
+def test_chat_prints_what_is_streamed(server: Server) -> None:
+    server.create_deployment("talker")
+    assert firebox("chat", "talker", "-m", "two words", data=server.data).stdout == "two words\n"
+    missing = firebox("chat", "nobody", "-m", "x", data=server.data)
+    assert (missing.returncode, "known deployments: talker" in missing.stderr) == (1, True)
+    server.own("DELETE", "deployments/talker")
+
+
 def test_doctor_names_the_trouble_and_the_fix(server: Server, tmp_path: Path) -> None:
     fit = firebox("doctor", "--json", data=server.data)
     assert fit.returncode == 0, fit.stdout

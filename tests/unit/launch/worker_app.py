@@ -7,6 +7,7 @@ time, `stubborn` ignores SIGTERM.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -74,6 +75,19 @@ async def stream(request: Request) -> Response:
     return StreamingResponse(lines(), media_type="text/event-stream")
 
 
+async def chat(request: Request) -> Response:
+    """Says the last message again, word by word."""
+    words = json.loads(await request.body())["messages"][-1]["content"].split(" ")
+
+    async def events():  # type: ignore[no-untyped-def]
+        for number, word in enumerate(words):
+            delta = {"content": word if number == 0 else f" {word}"}
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
 async def die(request: Request) -> Response:
     os.kill(os.getpid(), signal.SIGKILL)
     return PlainTextResponse("unreachable")
@@ -93,6 +107,7 @@ def build(spec: TrainerSpec | SamplerSpec) -> Starlette:
             Route("/api/v1/healthz", lambda request: JSONResponse({"status": "ok"})),
             Route("/api/v1/stream", stream),
             Route("/api/v1/die", die, methods=["POST"]),
+            Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/{path:path}", echo, methods=["GET", "POST"]),
         ]
     )
