@@ -42,14 +42,24 @@ def up(
         float | None,
         typer.Option(help="Memory for all workers together; what needs more waits. By default all there is.", min=0.1),
     ] = None,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(help="Keep so many states and so many snapshots of each job, and what is in use.", min=1),
+    ] = None,
+    disk_budget_gib: Annotated[
+        float | None,
+        typer.Option(help="What all that jobs save may take; the oldest that nobody needs goes first.", min=0.001),
+    ] = None,
 ) -> None:
     """Start the server.
 
     Examples: firebox up | firebox up --port 0 --data-dir ./data --model ./Qwen3-0.6B
     """
     from firebox.cli.up import run
+    from firebox.control.services.retention import Limits
 
     memory = int(memory_gib * 2**30) if memory_gib else None
     allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
+    limits = Limits(keep_last, int(disk_budget_gib * 2**30) if disk_budget_gib else None)
     data, idle_s = data_dir.expanduser().resolve(), idle_minutes * 60
-    run(data, host, port, model or [], idle_s, allow_dirs, mode=mode, log_json=log_json, memory=memory)
+    run(data, host, port, model or [], idle_s, allow_dirs, mode=mode, log_json=log_json, memory=memory, limits=limits)

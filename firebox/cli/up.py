@@ -28,6 +28,7 @@ from firebox.control.services import (
     training_runs,
 )
 from firebox.control.services.context import Control
+from firebox.control.services.retention import Limits
 from firebox.gateway.app import build_app
 from firebox.gateway.guard import allowed_hosts
 from firebox.gateway.proxy import LookUps
@@ -56,11 +57,13 @@ def run(
     mode: ComputeMode = "exact",
     log_json: bool = False,
     memory: int | None = None,
+    limits: Limits = Limits(),
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
     Trainers may read adapters beneath `allow_dirs`. All workers compute in `mode` and have `memory` bytes together.
+    What jobs save is kept within `limits`.
     """
     logs.configure(as_json=log_json)
     layout = Layout(data_dir)
@@ -68,7 +71,7 @@ def run(
     lock = ServerLock(layout.lock)
     try:
         launcher = LocalLauncher(layout.run, layout.lock, mode=mode)
-        control = ControlPlane(layout, launcher, Machine.here(memory), idle_s, allow_dirs)
+        control = ControlPlane(layout, launcher, Machine.here(memory), idle_s, allow_dirs, limits)
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_serve(layout, listener, host, model_dirs, control))
     finally:

@@ -24,7 +24,8 @@ from firebox.control.database import Database
 from firebox.control.layout import Layout
 from firebox.control.reconcile.checkpoints import Promotions
 from firebox.control.reconcile.deployments import Deployments
-from firebox.control.reconcile.tombstones import Tombstones
+from firebox.control.reconcile.retention import retaining
+from firebox.control.reconcile.tombstones import tombstones
 from firebox.control.reconcile.trainer_jobs import TrainerJobs
 from firebox.control.reconcile.training_runs import TrainingRuns
 from firebox.control.routes import (
@@ -46,6 +47,7 @@ from firebox.control.routes import (
 from firebox.control.services.capacity import Capacity
 from firebox.control.services.context import Control
 from firebox.control.services.presence import Presence
+from firebox.control.services.retention import Limits
 from firebox.launch.api import Launcher
 from firebox.launch.machine import Machine
 from firebox.launch.probe import ask
@@ -71,11 +73,17 @@ class ControlPlane:
     """The database, the reconcilers and the routes of one data directory. `start` needs a running event loop.
 
     After `idle_s` seconds without a request, sessions are put to sleep and pools are stopped. Trainers may read
-    adapters beneath `allow_dirs`. Workers get what `machine` has.
+    adapters beneath `allow_dirs`. Workers get what `machine` has. What jobs save is kept within `limits`.
     """
 
     def __init__(
-        self, layout: Layout, launcher: Launcher, machine: Machine, idle_s: float, allow_dirs: Sequence[Path] = ()
+        self,
+        layout: Layout,
+        launcher: Launcher,
+        machine: Machine,
+        idle_s: float,
+        allow_dirs: Sequence[Path] = (),
+        limits: Limits = Limits(),
     ) -> None:
         changes = Changes()
         self.context = Control(
@@ -95,7 +103,7 @@ class ControlPlane:
         self._deployments = Deployments(self.context, launcher)
         self._promotions = Promotions(self.context)
         self._runs = TrainingRuns(self.context)
-        self._tombstones = Tombstones(self.context)
+        self._cleaners = [tombstones(self.context), retaining(self.context, limits)]
 
     async def start(self) -> None:
         """Take up where an earlier server stopped: adopt its workers, end those that belong to nobody."""
@@ -103,12 +111,14 @@ class ControlPlane:
         await self._deployments.recover()
         await self._promotions.recover()
         await self._runs.recover()
-        self._tombstones.start()
+        for cleaner in self._cleaners:
+            cleaner.start()
         self._launcher.sweep()
 
     async def stop(self) -> None:
         """Stop reconciling, then every worker."""
-        await self._tombstones.close()
+        for cleaner in self._cleaners:
+            await cleaner.close()
         await self._runs.close()
         await self._promotions.driver.close()
         await self._deployments.close()

@@ -48,7 +48,7 @@ async def snapshot(control: Control, account: str, job: str, identity: str) -> t
     folder = control.layout.job(account, job) / "snapshots"
     found = await asyncio.to_thread(manifests.read_snapshot, folder / identity)
     if found is None:
-        known = [m.identity for _, m in await asyncio.to_thread(lambda: list(_read(folder, SnapshotManifest)))]
+        known = [m.identity for _, m in await asyncio.to_thread(lambda: list(committed(folder, SnapshotManifest)))]
         raise NotFound(
             f"identity: snapshot {identity!r} does not exist in trainer job {job!r}; newest known: "
             f"{', '.join(known[-_NAMED_AT_MOST:]) or 'none'}"
@@ -60,7 +60,7 @@ async def delete_state(control: Control, account: str, job: str, name: str) -> N
     """Remove a training state for good; raises NotFound. Snapshots are not removed: deployments serve them."""
     await trainer_jobs.get(control, account, job)
     folder = control.layout.job(account, job) / "checkpoints"
-    known = [m.name for _, m in await asyncio.to_thread(lambda: list(_read(folder, CheckpointManifest)))]
+    known = [m.name for _, m in await asyncio.to_thread(lambda: list(committed(folder, CheckpointManifest)))]
     if name not in known:
         raise NotFound(
             f"checkpoint {name!r} is no training state of trainer job {job!r}; newest known: "
@@ -129,21 +129,21 @@ def bury(directory: Path, grave: Path) -> None:
 def _scan(job_name: str, folder: Path) -> list[Checkpoint]:
     found = [
         _row(job_name, m.name, m.created_at, "TRAINING_LORA" if m.adapter else "TRAINING")
-        for _, m in _read(folder / "checkpoints", CheckpointManifest)
+        for _, m in committed(folder / "checkpoints", CheckpointManifest)
     ]
     found += [
         _row(job_name, m.identity, m.created_at, _SNAPSHOT_TYPES[m.kind], promotable=m.kind != "delta")
-        for _, m in _read(folder / "snapshots", SnapshotManifest)
+        for _, m in committed(folder / "snapshots", SnapshotManifest)
     ]
     return sorted(found, key=lambda checkpoint: checkpoint.create_time)
 
 
 def _newest(folder: Path) -> str | None:
-    found = [m for _, m in _read(folder / "checkpoints", CheckpointManifest)]
+    found = [m for _, m in committed(folder / "checkpoints", CheckpointManifest)]
     return max(found, key=lambda m: m.created_at).name if found else None
 
 
-def _read(folder: Path, kind: type[_M]) -> Iterator[tuple[Path, _M]]:
+def committed(folder: Path, kind: type[_M]) -> Iterator[tuple[Path, _M]]:
     """Committed artifacts in `folder`, oldest first; a damaged one is logged and left out."""
     read = manifests.read_snapshot if kind is SnapshotManifest else manifests.read_checkpoint
     found = []

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Final
 
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from firebox.control.services.context import Control
@@ -51,8 +51,11 @@ async def by_name(control: Control, name: str) -> OperationRow:
 
 
 async def pending(control: Control) -> Sequence[OperationRow]:
-    query = select(OperationRow).where(OperationRow.state == PENDING)
-    return await control.db.run(lambda session: session.scalars(query).all())
+    return await control.db.run(lambda session: session.scalars(all_pending()).all())
+
+
+def all_pending() -> Select[OperationRow]:
+    return select(OperationRow).where(OperationRow.state == PENDING)
 
 
 async def finish(control: Control, row: OperationRow, outcome: dict[str, Any] | FireboxError) -> None:
