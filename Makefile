@@ -28,8 +28,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train, reward, promote and question a tiny model; about three minutes on two cores once installed
 	@$(BIN)/python -m training.examples.demo
 
-test: $(READY)  ## all tests at everyday counts
-	$(BIN)/python -m pytest
+test: $(READY)  ## all tests at everyday counts, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)  ## lint, format, types, import rules, sizes
 	$(BIN)/ruff check .
