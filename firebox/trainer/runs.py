@@ -1,4 +1,5 @@
 """What the server asks of a pooled trainer: make the model of a training run, from nothing or a saved state; park one.
+And of another one: save everything, because its job is about to be paused.
 
 Owns the bodies and answers of these calls, which answer when the engine has done them. Does not know when a run is
 parked, or why.
@@ -17,7 +18,7 @@ from firebox.trainer.journal import digest_of
 from firebox.trainer.session import Future, Session
 from firebox.wire.training import CreateModel, CreateModelAddress, Failed, OperationAddress, Result
 from firebox.wire.training_json import encode_result
-from firebox.wire.worker import CreateRun, ParkedRun, ParkRun, RefuseOperation
+from firebox.wire.worker import CreateRun, ParkedRun, ParkRun, RefuseOperation, SavedAll, TrainerSpec
 
 
 async def create(request: Request) -> Response:
@@ -37,6 +38,13 @@ async def park(request: Request) -> Response:
         return _json(encode_result(result))
     await _done(session.unload_model(body.model_id))
     return _json(msgspec.json.encode(ParkedRun(next_seq_id=next_seq_id)))
+
+
+async def save_all(request: Request) -> Response:
+    """Save what would end with this process; a pooled trainer's runs are parked instead."""
+    spec: TrainerSpec = request.state.spec
+    names = await request.state.session.save_all(shared_weights=not (spec.lora_rank or spec.forward_only))
+    return _json(msgspec.json.encode(SavedAll(checkpoints=names)))
 
 
 async def refuse(request: Request) -> Response:

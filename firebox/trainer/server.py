@@ -97,6 +97,7 @@ def build_app(spec: TrainerSpec) -> Starlette:
             Route("/worker/runs", runs.create, methods=["POST"]),
             Route("/worker/runs/park", runs.park, methods=["POST"]),
             Route("/worker/runs/refuse", runs.refuse, methods=["POST"]),
+            Route("/worker/save_all", runs.save_all, methods=["POST"]),
         ],
         lifespan=lifespan,
         exception_handlers={

@@ -165,12 +165,27 @@ class Session:
         for model_id in [ident for ident, sequence in self._sequences.items() if sequence.session_id == session_id]:
             created = self._created.get(model_id)
             if created is not None and created.is_lora:
-                future, _ = self.save_model(model_id, _silent_name(model_id))
-                await future.done.wait()
-                if isinstance(future.result, Failed):
-                    raise FailedPrecondition(f"{model_id} could not be saved and stays: {future.result.error}")
+                await self._save_silent(model_id)
             await self.unload_model(model_id).done.wait()
         del self._heard_at[session_id]
+
+    async def save_all(self, *, shared_weights: bool) -> list[str]:
+        """Save every LoRA model and, once, weights that all models share; returns the names of these checkpoints.
+
+        Raises FailedPrecondition when one cannot be saved.
+        """
+        models = [ident for ident, created in self._created.items() if created.is_lora]
+        if shared_weights:
+            models += list(self._created)[-1:]
+        return [await self._save_silent(model_id) for model_id in models]
+
+    async def _save_silent(self, model_id: str) -> str:
+        name = _silent_name(model_id)
+        future, _ = self.save_model(model_id, name)
+        await future.done.wait()
+        if isinstance(future.result, Failed):
+            raise FailedPrecondition(f"{model_id} could not be saved and stays: {future.result.error}")
+        return name
 
     def accept(
         self, address: OperationAddress, digest: bytes, operation: Operation | Failed, num_bytes: int = 0

@@ -165,6 +165,12 @@ class ParkedRun(msgspec.Struct, frozen=True, kw_only=True):
     next_seq_id: int
 
 
+class SavedAll(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /worker/save_all` of a trainer whose job is about to be paused: the checkpoints it has saved."""
+
+    checkpoints: list[str]
+
+
 class RefuseOperation(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /worker/runs/refuse`: the operation at this place fails with `error`; answers its request id."""
 

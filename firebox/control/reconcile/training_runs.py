@@ -10,6 +10,8 @@ import asyncio
 import contextlib
 import logging
 
+import httpx
+
 from firebox.control.services import deployments, pools, run_checkpoints, trainer_jobs, training_runs
 from firebox.control.services.context import Control
 from firebox.control.services.presence import Place
@@ -85,7 +87,7 @@ class TrainingRuns:
             await pools.stop_sampler(self._control, account, ident)
         elif collection == TrainerJobRow.collection:
             job = await trainer_jobs.get(self._control, account, ident)
-            await (self._stop_pool(job) if job.pooled else trainer_jobs.pause(self._control, job))
+            await (self._stop_pool(job) if job.pooled else self._pause(job))
 
     async def _park(self, account: str, run: str) -> None:
         try:
@@ -93,6 +95,13 @@ class TrainingRuns:
             log.info("training run %s is parked", run)
         except FireboxError as error:
             log.warning("training run %s could not be parked: %s", run, error.message)
+
+    async def _pause(self, job: TrainerJobRow) -> None:
+        try:
+            await trainer_jobs.pause(self._control, job)
+        except httpx.HTTPError as error:
+            log.error("%s could not be saved, and runs on: %r", job.name, error)
+            self._control.presence.touch(job.name, trainer_jobs.inactivity_s(job))
 
     async def _stop_pool(self, row: TrainerJobRow) -> None:
         async with self._control.presence.lock(row.name):

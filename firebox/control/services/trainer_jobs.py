@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Final
 
+import msgspec
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -38,7 +39,7 @@ from firebox.control.tables.trainer_jobs import (
 from firebox.wire.control import CreateTrainerJob, Status, TrainerJob, TrainingConfig
 from firebox.wire.errors import AlreadyExists, FailedPrecondition, NotFound, Unavailable
 from firebox.wire.names import check_id, resource, split_resource
-from firebox.wire.worker import WorkerAddress
+from firebox.wire.worker import SavedAll, WorkerAddress
 
 _UNAVAILABLE: Final = Unavailable.code
 
@@ -133,9 +134,17 @@ async def delete(control: Control, account: str, ident: str) -> TrainerJobRow:
 
 
 async def pause(control: Control, row: TrainerJobRow) -> None:
-    """Stop a running job that nobody has used for as long as it allows."""
-    after_s = inactivity_s(row)
-    message = f"stopped after {after_s:.0f} s without a call; resume it, then load a checkpoint"
+    """Save and stop a running job that nobody has used for as long as it allows.
+
+    Raises httpx.HTTPError when the trainer cannot save; the job then runs on.
+    """
+    address = control.fleet.first(row.name)
+    if address is None:
+        return
+    answer = await control.ask(address, "/worker/save_all", b"")
+    saved = msgspec.json.decode(answer, type=SavedAll).checkpoints
+    what = f"what it held: {', '.join(saved)}" if saved else "a checkpoint"
+    message = f"stopped after {inactivity_s(row):.0f} s without a call; resume it, then load {what}"
     await move(control, row, {RUNNING}, PAUSED, worker=None, message=message)
 
 

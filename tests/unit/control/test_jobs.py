@@ -114,20 +114,24 @@ def test_reference_runs_on_any_shape_and_trains_nothing(server: Server, shape: s
 
 
 def test_unused_job_is_paused_and_can_be_resumed(server: Server) -> None:
-    server.create_job("idle", fields={"inactivityTimeout": "1s"})
     server.create_job("kept", fields={"inactivityTimeout": "1s", "disableInactivityCleanup": True})
-    for _ in range(4):
+    server.create_job("disk-full", fields={"inactivityTimeout": "1s"})
+    server.create_job("idle", fields={"inactivityTimeout": "2s"})
+    for _ in range(6):
         time.sleep(0.4)
         server.trainer("idle")
     assert server.state("idle") == "JOB_STATE_RUNNING"
     wait_for(lambda: server.state("idle") == "JOB_STATE_PAUSED")
-    assert "after 1 s without a call" in server.own("GET", "rlorTrainerJobs/idle").json()["statusMessage"]
+    message = server.own("GET", "rlorTrainerJobs/idle").json()["statusMessage"]
+    assert "after 2 s without a call" in message
+    assert "load what it held: silent-1" in message
     refused = server.ask("POST", "/training/v1/rlorTrainerJobs/local/idle/api/v1/forward", json={})
     assert "resume it" in refused.json()["error"]["message"]
     assert server.own("POST", "rlorTrainerJobs/idle:resume").json()["state"] == "JOB_STATE_RUNNING"
     assert server.trainer("idle")["path"] == "/api/v1/echo"
     assert server.state("kept") == "JOB_STATE_RUNNING"
-    for job in ("idle", "kept"):
+    assert server.state("disk-full") == "JOB_STATE_RUNNING", "what cannot be saved is not stopped"
+    for job in ("idle", "kept", "disk-full"):
         server.own("DELETE", f"rlorTrainerJobs/{job}")
 
 

@@ -88,6 +88,12 @@ async def chat(request: Request) -> Response:
     return StreamingResponse(events(), media_type="text/event-stream")
 
 
+async def save_all(request: Request) -> Response:
+    if "full" in request.app.state.name:
+        return PlainTextResponse("no space left", 500)
+    return JSONResponse({"checkpoints": ["silent-1"]})
+
+
 async def die(request: Request) -> Response:
     os.kill(os.getpid(), signal.SIGKILL)
     return PlainTextResponse("unreachable")
@@ -100,10 +106,11 @@ def build(spec: TrainerSpec | SamplerSpec) -> Starlette:
     if "slow" in name:
         time.sleep(2)
     replica = FakeReplica(spec.base_model)
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/worker/status", replica.show),
             Route("/worker/hotload", replica.hotload, methods=["POST"]),
+            Route("/worker/save_all", save_all, methods=["POST"]),
             Route("/api/v1/healthz", lambda request: JSONResponse({"status": "ok"})),
             Route("/api/v1/stream", stream),
             Route("/api/v1/die", die, methods=["POST"]),
@@ -111,6 +118,8 @@ def build(spec: TrainerSpec | SamplerSpec) -> Starlette:
             Route("/{path:path}", echo, methods=["GET", "POST"]),
         ]
     )
+    app.state.name = name
+    return app
 
 
 def export() -> None:

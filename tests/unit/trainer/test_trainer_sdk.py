@@ -206,6 +206,19 @@ def test_a_full_trainer_makes_the_sdk_wait_and_nothing_is_lost(make_spec, serve,
     assert 429 in statuses
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+def test_everything_is_saved_before_a_job_is_paused(make_spec, serve, connect, rank):
+    url = serve(make_spec(lora_rank=rank))
+    client = connect(url).create_training_client(BASE, lora_rank=rank)
+    client.forward_backward([datum()], "cross_entropy").result()
+    client.optim_step(ADAM).result()
+    expected = client.forward([datum()], "cross_entropy").result().metrics
+    (name,) = httpx.post(f"{url}/worker/save_all", timeout=60).json()["checkpoints"]
+    client.optim_step(ADAM).result()
+    client.load_state_with_optimizer(name).result()
+    assert client.forward([datum()], "cross_entropy").result().metrics == expected
+
+
 def test_a_silent_session_is_saved_and_unloaded(make_spec, serve, connect):
     quick = "import firebox.trainer.silence as s\ns.SILENCE_S = 1.0\n"
     url = serve(make_spec(lora_rank=4), quick)
