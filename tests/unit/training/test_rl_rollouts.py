@@ -1,5 +1,6 @@
 """How far ahead rollouts are sampled, and what a chat template makes of an environment's words."""
 
+import re
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,14 +76,46 @@ def test_an_environments_words_are_rendered_as_in_the_whole_conversation(tokeniz
     assert render_prompt(tokenizer, row) + said + reply_tokens(tokenizer, replies, row) == whole
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
-    class Rewriting:
-        eos_token_id = tokenizer.eos_token_id
-        chat_template = tokenizer.chat_template
+@pytest.mark.parametrize(
+    ("family", "stop", "role", "expected"),
+    [
+        (
+            "qwen2_5",
+            "<|im_end|>",
+            "tool",
+            "\n<|im_start|>user\n<tool_response>\n7\n</tool_response><|im_end|>\n<|im_start|>assistant\n",
+        ),
+        # Drops thoughts of earlier turns; what was sampled stays, and only what follows is asked for.
+        ("qwen3_5_think", "<|im_end|>", "user", "\n<|im_start|>user\n7<|im_end|>\n<|im_start|>assistant\n<think>\n"),
+        ("llama3_1", "<|eot_id|>", "user", "{start}user{end}\n\n7<|eot_id|>{start}assistant{end}\n\n"),
+        ("gemma3", "<end_of_turn>", "user", "\n<start_of_turn>user\n7<end_of_turn>\n<start_of_turn>model\n"),
+        ("phi3", "<|end|>", "user", "\n<|user|>\n7<|end|>\n<|assistant|>\n"),
+    ],
+)
+def test_templates_of_real_models(tiny_dir: Path, family: str, stop: str, role: str, expected: str) -> None:
+    found = reply_in(family, stop, role, tiny_dir)
+    assert found == expected.format(start="<|start_header_id|>", end="<|end_header_id|>")
 
-        def apply_chat_template(self, messages: list[dict[str, str]], **settings: Any) -> list[int]:
-            shown = [{"role": "user", "content": f"{len(messages)} messages"}, *messages[1:]]
-            return list(tokenizer.apply_chat_template(shown, **settings))
 
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template changes a turn once others follow"):
-        reply_tokens(Rewriting(), [{"role": "tool", "content": "7"}], Row([], {}, "rows.jsonl:1"))
+@pytest.mark.parametrize(
+    ("family", "stop", "role", "reason"),
+    [
+        ("phi3", "<|end|>", "tool", "leaves out messages of role 'tool'; let the environment answer in another role"),
+        ("smolvlm", "<end_of_utterance>", "user", "leaves out messages of role 'assistant'"),
+        ("gptoss", "<|return|>", "user", "does not end a turn before 'user' with '<|return|>', as the model does"),
+    ],
+)
+def test_templates_that_cannot_go_on_are_refused(
+    tiny_dir: Path, family: str, stop: str, role: str, reason: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(f"rows.jsonl:1: the chat template {reason}")):
+        reply_in(family, stop, role, tiny_dir)
+
+
+def reply_in(family: str, stop: str, role: str, tiny_dir: Path) -> str:
+    """A reply as a real model's template writes it; the templates lie in TRL's package."""
+    trl, tokenizer = pytest.importorskip("trl"), load_tokenizer(str(tiny_dir))
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text()
+    tokenizer.add_special_tokens({"eos_token": stop, "bos_token": "<s>"})
+    row = Row([{"role": "user", "content": "What is 3 + 4?"}], {}, "rows.jsonl:1")
+    return str(tokenizer.decode(reply_tokens(tokenizer, [{"role": role, "content": "7"}], row)))

@@ -187,15 +187,28 @@ class _Said:
 
 
 def reply_tokens(tokenizer: Any, replies: Sequence[Message], row: Row) -> list[int]:
-    """What the chat template puts between the stop token of an assistant's turn and the next one.
+    """What the chat template puts between the stop token of an assistant's turn and the beginning of the next one.
 
     It is found on a stand-in for the conversation, so that no token that was sampled is ever rendered again. Raises
-    DataError when the template renders the stand-in differently once the replies follow.
+    DataError for a template that ends a turn in another way than the model does, or leaves a reply out.
     """
-    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "."}]
-    before = render_prompt(tokenizer, replace(row, messages=turn[:1]))
-    after = render_prompt(tokenizer, replace(row, messages=[*turn, *replies]))
-    stop = tokenizer.eos_token_id
-    if before != after[: len(before)] or stop not in after[len(before) :]:
-        raise DataError(f"{row.origin}: the chat template changes a turn once others follow; multi-turn needs another")
-    return after[after.index(stop, len(before)) + 1 :]
+
+    def rendered(said: str, replies: Sequence[Message]) -> list[int]:
+        turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        return render_prompt(tokenizer, replace(row, messages=[*turn, *replies]))
+
+    whole, other = rendered(".", replies), rendered("!", replies)
+    others = {"assistant": other}
+    for index, reply in enumerate(replies):
+        changed = [*replies[:index], reply | {"content": reply["content"] + "?"}, *replies[index + 1 :]]
+        others[reply["role"]] = rendered(".", changed)
+    fix = "let the environment answer in another role"
+    if lost := [role for role, changed in others.items() if changed == whole]:
+        raise DataError(f"{row.origin}: the chat template leaves out messages of role {lost[0]!r}; {fix}")
+    # What follows the assistant's words is what two renderings have in common at their ends.
+    num_common = next(num for num in range(len(whole)) if whole[~num:] != other[~num:])
+    tail = whole[len(whole) - num_common :]
+    if tokenizer.eos_token_id not in tail:
+        ends = f"does not end a turn before {replies[0]['role']!r} with {tokenizer.eos_token!r}, as the model does"
+        raise DataError(f"{row.origin}: the chat template {ends}; {fix}")
+    return tail[tail.index(tokenizer.eos_token_id) + 1 :]
