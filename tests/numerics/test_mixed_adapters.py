@@ -9,19 +9,9 @@ import pytest
 import torch
 from live_engine import LiveEngine, random_rows
 from proofs import Record, count
+from trainer_harness import datum
 
-from firebox.wire.training import Chunk as Tokens
-from firebox.wire.training import (
-    Command,
-    CreateModel,
-    Datum,
-    Failed,
-    Forward,
-    ForwardOutput,
-    LoraConfig,
-    ModelInput,
-    TensorData,
-)
+from firebox.wire.training import Command, Failed, Forward, ForwardOutput, LoraConfig
 
 TOLERANCE = 1e-6
 MODELS = {
@@ -39,7 +29,7 @@ def engines(tiny_dir: Path, tmp_path: Path) -> tuple[LiveEngine, LiveEngine]:
     alone = LiveEngine(tiny_dir, tmp_path, "alone", rank=8, models=())
     for engine in (together, alone):
         for number, (model, lora) in enumerate(MODELS.items()):
-            engine.do(CreateModel(base_model="accounts/local/models/tiny", lora_config=lora), model)
+            engine.create(lora, model)
             for step in range(2):
                 engine.backward("cross_entropy", random_rows(10 * number + step), model)
                 engine.step(model, learning_rate=1e-2)
@@ -56,13 +46,13 @@ def request(loss_fn: str, seed: int, lengths: list[int], bad_token: bool = False
     rng = np.random.default_rng(seed)
     data = []
     for row in random_rows(seed, lengths):
-        size = len(row) - 1
-        inputs = {"target_tokens": TensorData(data=row[1:], dtype="int64")}
+        inputs = {}
         if loss_fn != "cross_entropy":
-            inputs["logprobs"] = TensorData(data=rng.normal(-6.9, 0.2, size).astype(np.float32), dtype="float32")
-            inputs["advantages"] = TensorData(data=rng.normal(0, 1, size).astype(np.float32), dtype="float32")
-        tokens = [10**6, *row[1:-1]] if bad_token else row[:-1]
-        data.append(Datum(model_input=ModelInput(chunks=[Tokens(tokens=tokens)]), loss_fn_inputs=inputs))
+            inputs["logprobs"] = rng.normal(-6.9, 0.2, len(row) - 1).astype(np.float32)
+            inputs["advantages"] = rng.normal(0, 1, len(row) - 1).astype(np.float32)
+        if bad_token:
+            row[0] = 10**6
+        data.append(datum(row, **inputs))
     return Forward(data=data, loss_fn=loss_fn, backward=True)
 
 
