@@ -36,9 +36,13 @@ def shapes(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> Non
         print(f"In a recipe: --infra.training-shape-id accounts/{client.account}/trainingShapes/<shape>")
 
 
-def jobs(data_dir: DataDir = DEFAULT_DATA_DIR, as_json: AsJson = False) -> None:
-    """Trainer jobs, newest first. Example: firebox jobs --json"""
-    found = connect(data_dir).every("rlorTrainerJobs", "rlorTrainerJobs")
+def jobs(
+    deleted: Annotated[bool, typer.Option("--deleted", help="Show those that were deleted, too.")] = False,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    as_json: AsJson = False,
+) -> None:
+    """Trainer jobs, newest first. Example: firebox jobs --deleted"""
+    found = connect(data_dir).every("rlorTrainerJobs", "rlorTrainerJobs", showDeleted=str(deleted).lower())
     show(found, {"job": "name", "state": "state", "shape": "trainingShape", "message": "statusMessage"}, as_json)
 
 

@@ -142,7 +142,8 @@ class Deployments:
 
     async def _start(self, row: DeploymentRow, holders: Sequence[str]) -> None:
         """Start the replicas that are missing, as far as there is capacity; the others wait in line for theirs."""
-        for holder in self._waiting.pop(row.name, set()).difference(holders):
+        waited = self._waiting.pop(row.name, set())
+        for holder in waited.difference(holders):
             self._control.capacity.release(holder)
         for holder in holders:
             need = training_shapes.need(self._control, await deployments.shape_of(self._control, row))
@@ -152,6 +153,8 @@ class Deployments:
                 continue
             worker = await self._launcher.start(await self._plan(row, devices), self._kicker(row.name))
             self._replicas[row.name].append(_Replica(worker, row.generation, holder))
+        if self._waiting.get(row.name, set()) - waited:
+            self._control.changes.notify(row.name)  # a client that waits for the deployment hears that it waits, too
 
     async def _hot_load(self, row: DeploymentRow, replica: _Replica) -> None:
         """Bring one replica to the wanted snapshot; its own status tells whether that worked."""

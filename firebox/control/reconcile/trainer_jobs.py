@@ -114,7 +114,7 @@ class TrainerJobs:
 
     async def _failed(self, name: str, reason: str) -> None:
         row = await trainer_jobs.by_name(self._control, name)
-        await trainer_jobs.move(self._control, row, {CREATING, RUNNING}, FAILED, worker=None, message=reason)
+        await trainer_jobs.move(self._control, row, {PENDING, CREATING, RUNNING}, FAILED, worker=None, message=reason)
 
     def _plan(self, row: TrainerJobRow, shape: Shape, devices: Sequence[Device]) -> WorkerPlan:
         config = TrainingConfig.model_validate(row.request["trainingConfig"])

@@ -136,13 +136,13 @@ async def delete(control: Control, account: str, ident: str) -> DeploymentRow:
 
 
 async def settled(control: Control, row: DeploymentRow, within_s: float) -> DeploymentRow | None:
-    """The deployment once it is neither CREATING nor UPDATING (None: gone), or as it is after `within_s` seconds."""
-    return await control.changes.until(
-        row.name,
-        lambda: find(control, row.account, row.id),
-        lambda seen: seen is None or seen.state not in (CREATING, UPDATING),
-        within_s,
-    )
+    """The deployment once it is neither CREATING nor UPDATING (None: gone), or as it is after `within_s` seconds, or
+    once it waits for capacity: that may take for ever."""
+
+    def is_settled(seen: DeploymentRow | None) -> bool:
+        return seen is None or seen.state not in (CREATING, UPDATING) or bool(control.capacity.why_waiting(row.name))
+
+    return await control.changes.until(row.name, lambda: find(control, row.account, row.id), is_settled, within_s)
 
 
 async def gone(control: Control, row: DeploymentRow, within_s: float) -> None:
@@ -201,6 +201,9 @@ async def replicas(control: Control, account: str, name: str) -> Sequence[Worker
         )
     if row.state == READY:
         raise Unavailable(f"deployment {ident!r} has no replica that answers; try again")
+    waiting = control.capacity.why_waiting(name)
+    if waiting:
+        raise Unavailable(f"deployment {ident!r} is {waiting}; try again")
     raise FailedPrecondition(f"deployment {ident!r} is in state {row.state}. {row.status_message}".rstrip())
 
 

@@ -30,7 +30,7 @@ if sys.argv[3:]:
     cores, *devices = json.loads(sys.argv[3])
     machine = Machine(cores, tuple(Device(*device) for device in devices))
     Machine.here = staticmethod(lambda memory: machine)
-up.LocalLauncher = functools.partial(LocalLauncher, command=[sys.executable, sys.argv[2]])
+up.LocalLauncher = functools.partial(LocalLauncher, command=[sys.executable, sys.argv[2]], orphan_grace_s=30.0)
 up.run(Path(sys.argv[1]), "127.0.0.1", 0, [])
 """
 

@@ -129,15 +129,10 @@ def test_replica_that_does_not_fit_waits_too(new_server: Callable[..., Server], 
     server.create_deployment("served")
     grown = server.own("PATCH", "deployments/served", json=two).json()
     assert grown["state"] == "UPDATING"
-    wait_for(lambda: "number 1 in line" in status(server, "served"))
+    assert "number 1 in line" in grown["statusMessage"]
     server.own("DELETE", "rlorTrainerJobs/first")
     wait_for(lambda: server.own("GET", "deployments/served").json()["state"] == "READY")
     assert len(server.workers()) == 2
-
-
-def status(server: Server, deployment: str) -> str:
-    shown = server.own("GET", f"deployments/{deployment}", headers={"Prefer": "wait=0"}).json()
-    return str(shown.get("statusMessage", ""))
 
 
 def test_two_jobs_never_share_a_gpu(new_server: Callable[..., Server], model_files: Path) -> None:
@@ -171,3 +166,24 @@ def test_what_can_never_fit_is_refused_at_once(new_server: Callable[..., Server]
     refused = server.create_job("large")
     assert refused.status_code == 400
     assert "needs 0.5 GiB of memory, and this server may use 0.2 GiB" in refused.json()["error"]["message"]
+
+
+def test_job_whose_shape_is_gone_does_not_wait_for_ever(new_server: Callable[..., Server], model_files: Path) -> None:
+    server = new_server([4, ["CPU", GIB // 2 + 2**20]])
+    server.stop()
+    own = server.data / "shapes" / "own.yaml"
+    own.parent.mkdir()
+    text = "id: own\naccelerator_type: CPU\nmax_context_length: 64\nthreads: 1\ndtype: float32\n"
+    own.write_text(text)
+    server.start()
+    server.add_model("tiny", model_files)
+    assert server.create_job("runs", "tiny-own").json()["state"] == "JOB_STATE_RUNNING"
+    assert server.create_job("waits", "tiny-own").json()["state"] == "JOB_STATE_PENDING"
+    server.stop(signal.SIGKILL)
+    own.unlink()
+    server.start()
+    wait_for(lambda: server.state("waits") == "JOB_STATE_FAILED")
+    assert "tiny-own" in server.own("GET", "rlorTrainerJobs/waits").json()["statusMessage"]
+    assert server.trainer("runs")["path"] == "/api/v1/echo"
+    refused = server.own("POST", "rlorTrainerJobs/waits:resume")
+    assert (refused.status_code, "tiny-own" in refused.json()["error"]["message"]) == (404, True)
