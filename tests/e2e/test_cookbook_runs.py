@@ -106,7 +106,7 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(
     for folder in (whole, cut):
         folder.mkdir()
     sft_loop.main(config(server, whole))
-    killed = config(server, cut)
+    killed, before = config(server, cut), set(running_jobs(server))
     arguments = [
         "--base-model", MODEL, "--tokenizer-model", killed.tokenizer_model, "--dataset", killed.dataset,
         "--log-path", killed.log_path, "--batch-size", "2", "--max-steps", "6", "--infra.training-shape-id", SHAPE,
@@ -114,7 +114,7 @@ def test_a_cut_run_goes_on_as_if_it_had_not_been(
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", KILLED_AT_STEP_5, *arguments], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
-    (left,) = running_jobs(server)
+    (left,) = set(running_jobs(server)) - before
     log = CheckpointLog(cut / "run")
     first, second = log.rows()
     *rows, confirmed = log.path.read_text().splitlines(keepends=True)
@@ -214,11 +214,11 @@ def length(completion: str, row: dict[str, Any]) -> float:
 def test_rl_without_reference_and_without_sync(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[str] = []
+    before, seen = set(running_jobs(server)), set[str]()
     off = WeightSyncConfig(weight_sync_interval=0)
     config = rl_config(server, tmp_path, weight_sync=off)
-    result = rl_loop.main(config, lambda row: seen.extend(running_jobs(server)))
-    assert len(set(seen)) == 1, "no reference trainer"
+    result = rl_loop.main(config, lambda row: seen.update(running_jobs(server)))
+    assert len(seen - before) == 1, "no reference trainer"
     assert capsys.readouterr().err.count("the KL term is off") == 1
     assert "train/kl" not in result["metrics"]
     assert "time/weight_sync_s" not in result["metrics"]
@@ -229,7 +229,7 @@ def test_rl_without_reference_and_without_sync(
 
 
 def test_rl_with_reference_and_first_sync(server: RunningServer, tmp_path: Path) -> None:
-    seen: list[str] = []
+    before, seen = set(running_jobs(server)), set[str]()
     config = rl_config(
         server,
         tmp_path,
@@ -237,8 +237,8 @@ def test_rl_with_reference_and_first_sync(server: RunningServer, tmp_path: Path)
         infra=InfraConfig(training_shape_id=SHAPE, ref_training_shape_id=FORWARD_SHAPE),
         weight_sync=WeightSyncConfig(weight_sync_before_training=True),
     )
-    result = rl_loop.main(config, lambda row: seen.extend(running_jobs(server)))
-    assert len(set(seen)) == 2
+    result = rl_loop.main(config, lambda row: seen.update(running_jobs(server)))
+    assert len(seen - before) == 2
     assert result["metrics"]["train/kl"] >= 0
     with Workspace() as workspace:
         kinds = {row["name"].rpartition("/")[2].rpartition("-")[0]: row["checkpointType"]

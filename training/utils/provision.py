@@ -7,6 +7,7 @@ before the server, the key and the shapes are known to be good.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import uuid
@@ -30,6 +31,9 @@ HOSTED_URL = "https://api.fireworks.ai"
 PROBE_TIMEOUT_S = 10
 DELETE_TIMEOUT_S = 60
 SAMPLING_WINDOW = 64
+COLLECTIONS = {"trainer": "rlorTrainerJobs", "deployment": "deployments"}
+
+log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -87,9 +91,8 @@ class Workspace:
             requested_job_id=f"trainer-{uuid.uuid4().hex[:12]}",
         )
         with explained(f"trainer for {base_model}"):
-            self._will_create(Entry("trainer", str(job.requested_job_id)))
+            self._owns(Entry("trainer", str(job.requested_job_id)))
             created = self.trainers.create(job)
-            self._cleanup.callback(self.trainers.delete, created.job_id)
             endpoint = self.trainers.wait_for_ready(created.job_id, created.job_name, timeout_s=infra.trainer_timeout_s)
             client = ReconnectableClient(
                 self.trainers, created.job_id, base_model, lora_rank, fw_api_key=self.api_key, endpoint=endpoint
@@ -120,13 +123,8 @@ class Workspace:
 
     def delete_state(self, job_id: str, name: str) -> bool:
         """Remove a saved state for good. False when the server deletes no checkpoints, or has none of that name."""
-        path = f"/v1/accounts/{self.trainers.account_id}/rlorTrainerJobs/{job_id}/checkpoints/{name}"
         with explained(f"checkpoint {name} of {job_id}"):
-            answer = httpx.delete(self.base_url + path, headers={"X-Api-Key": self.api_key}, timeout=DELETE_TIMEOUT_S)
-            if answer.status_code in (404, 405, 501):
-                return False
-            answer.raise_for_status()
-        return True
+            return self._delete(f"rlorTrainerJobs/{job_id}/checkpoints/{name}")
 
     def deployment(
         self, base_model: str, profile: TrainingShapeProfile, deploy: DeployConfig, trainer: ReconnectableClient | None
@@ -149,30 +147,47 @@ class Workspace:
                     )
                 return deployment_id
             config = deployment_config(deployment_id, base_model, profile, deploy, job_name)
-            self._will_create(Entry("deployment", deployment_id))
-            self._cleanup.callback(self.deployments.delete, deployment_id)
+            self._owns(Entry("deployment", deployment_id))
             if self.deployments.create_or_get(config).state != "READY":
                 self.deployments.wait_for_ready(deployment_id, timeout_s=deploy.deployment_timeout_s)
         return deployment_id
 
-    def _will_create(self, entry: Entry) -> None:
-        """Record it; the first time, remove what a killed run of this `log_path` has left and keep others out."""
-        if self._ledger is None:
-            return
-        if not self._ledger.is_claimed:
-            for left in self._ledger.claim():
-                self._remove(left)
-            self._ledger.clear()
-            # Cleaning up runs in reverse order: the record goes when everything on it has gone.
-            self._cleanup.callback(self._ledger.release)
-            self._cleanup.callback(self._ledger.clear)
-        self._ledger.add(entry)
+    def _owns(self, entry: Entry) -> None:
+        """What is about to be created is recorded first, and removed when the workspace closes.
+
+        Before the first of it, what killed runs of this `log_path` left is removed, and other runs are kept out.
+        """
+        if self._ledger is not None:
+            if not self._ledger.is_claimed:
+                left_over = self._ledger.claim()
+                self._cleanup.callback(self._ledger.release)
+                for left in left_over:
+                    self._remove(left)
+            self._ledger.add(entry)
+        self._cleanup.callback(self._remove, entry)
 
     def _remove(self, entry: Entry) -> None:
-        if entry.kind == "trainer" and self.trainers.try_get(entry.ident) is not None:
-            self.trainers.delete(entry.ident)
-        if entry.kind == "deployment" and self.deployments.get(entry.ident) is not None:
-            self.deployments.delete(entry.ident)
+        """Delete it. One that cannot be deleted now is named, and stays on record for the next run."""
+        try:
+            self._delete(f"{COLLECTIONS[entry.kind]}/{entry.ident}")
+        except httpx.HTTPError as exc:
+            log.warning("%s %s could not be removed: %s", entry.kind, entry.ident, exc)
+        else:
+            if self._ledger is not None:
+                self._ledger.removed(entry)
+
+    def _delete(self, resource: str) -> bool:
+        """Delete a resource of this account. False when there is none, or the server deletes no such thing."""
+        answer = httpx.delete(
+            f"{self.base_url}/v1/accounts/{self.trainers.account_id}/{resource}",
+            params={"ignoreChecks": "true", "hard": "true"} if resource.startswith("deployments/") else None,
+            headers={"X-Api-Key": self.api_key},
+            timeout=DELETE_TIMEOUT_S,
+        )
+        if answer.status_code in (404, 405, 501):
+            return False
+        answer.raise_for_status()
+        return True
 
     def syncer(
         self, client: ReconnectableClient, deployment_id: str, base_model: str, lora_rank: int, sync: WeightSyncConfig

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from training.utils import data
-from training.utils.client import Waitable
+from training.utils.client import Waitable, wait
 from training.utils.metrics import Timer
 
 STEPS_IN_FLIGHT = 2
@@ -76,9 +76,11 @@ class Sent:
         """The step's metrics, once the trainer has taken it. Times are those spent waiting, not those it took."""
         timer = Timer()
         with timer("forward_backward"):
-            loss = self.forward_backward.result(timeout=timeout).metrics["loss:sum"]
+            loss = wait(self.forward_backward, timeout, f"forward_backward of step {self.step.number}").metrics[
+                "loss:sum"
+            ]
         with timer("optim"):
-            optim = self.optim_step.result(timeout=timeout).metrics or {}
+            optim = wait(self.optim_step, timeout, f"optim_step of step {self.step.number}").metrics or {}
         metrics = {"train/loss": loss, "optim/lr": self.learning_rate} | timer.seconds
         return metrics | ({"optim/grad_norm": optim["grad_norm"]} if "grad_norm" in optim else {})
 

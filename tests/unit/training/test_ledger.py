@@ -27,9 +27,12 @@ def test_a_killed_run_leaves_its_names(tmp_path: Path) -> None:
     with ledger.path.open("a") as file:
         file.write('{"kind": "trai')
     assert ledger.claim() == [TRAINER, DEPLOYMENT]
-    ledger.clear()
+    ledger.removed(TRAINER)
     ledger.release()
-    assert ledger.claim() == []
+    assert ledger.claim() == [DEPLOYMENT]
+    ledger.removed(DEPLOYMENT)
+    ledger.release()
+    assert ledger.path.read_text() == ""
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

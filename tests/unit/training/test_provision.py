@@ -1,8 +1,10 @@
 """How settings become requests to the platform, and what is refused before one is sent."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from training.utils import ConfigError, DeployConfig, InfraConfig, PlatformError, WeightSyncConfig, Workspace, provision
@@ -79,10 +81,15 @@ def test_a_missing_key_or_server_is_told_at_once(monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def slow_platform(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A platform on which nothing ever gets ready, and what was deleted on it."""
+    """A platform on which nothing ever gets ready, and what was deleted on it; the first time that fails."""
     from fireworks.training.sdk import DeploymentManager, TrainerJobManager
 
     deleted: list[str] = []
+
+    def delete(url: str, **_: Any) -> httpx.Response:
+        deleted.append(url.rpartition("/v1/accounts/local/")[2].rstrip("0123456789abcdef"))
+        status = 503 if len(deleted) == 1 else 200
+        return httpx.Response(status, request=httpx.Request("DELETE", url))
 
     def never(*_: Any, timeout_s: float) -> None:
         raise TimeoutError(f"waited {timeout_s} s")
@@ -94,18 +101,26 @@ def slow_platform(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(DeploymentManager, "create_or_get", lambda *_: SimpleNamespace(state="CREATING"))
     for manager in (TrainerJobManager, DeploymentManager):
         monkeypatch.setattr(manager, "wait_for_ready", never)
-        monkeypatch.setattr(manager, "delete", lambda _, name: deleted.append(name))
+        monkeypatch.setattr(manager, "account_id", "local")
+    monkeypatch.setattr(httpx, "delete", delete)
     return deleted
 
 
-def test_waits_are_as_long_as_configured_and_nothing_stays_behind(slow_platform: list[str]) -> None:
-    with Workspace() as workspace:
+def test_waits_are_as_long_as_configured_and_nothing_stays_behind(
+    slow_platform: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Workspace(tmp_path) as workspace:
         with pytest.raises(PlatformError, match=r"trainer for m: waited 7\.5 s"):
             workspace.trainer("m", profile(), InfraConfig(trainer_timeout_s=7.5))
-        with pytest.raises(PlatformError, match=r"deployment d: waited 8\.5 s"):
-            workspace.deployment("m", profile(), DeployConfig(deployment_id="d", deployment_timeout_s=8.5), None)
+        with pytest.raises(PlatformError, match=r"deployment d-x: waited 8\.5 s"):
+            workspace.deployment("m", profile(), DeployConfig(deployment_id="d-x", deployment_timeout_s=8.5), None)
         assert slow_platform == []
-    assert slow_platform == ["d", "j"]
+    assert slow_platform == ["deployments/d-x", "rlorTrainerJobs/trainer-"]
+    assert "deployment d-x could not be removed" in caplog.text
+    with Workspace(tmp_path) as workspace, pytest.raises(PlatformError):
+        workspace.trainer("m", profile(), InfraConfig())
+    assert slow_platform[2:] == ["deployments/d-x", "rlorTrainerJobs/trainer-"]
+    assert (tmp_path / "created.jsonl").read_text() == ""
 
 
 def test_weights_are_carried_as_configured(slow_platform: list[str]) -> None:
