@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import pytest
 from control_harness import Server, wait_for  # type: ignore[import-not-found]
 from hypothesis import given, settings
-from proofs import count
+from proofs import Record, count
 
 from firebox.control.services.capacity import Capacity, Need
 from firebox.launch.machine import HOST, Device, Machine
@@ -25,9 +26,15 @@ NEEDS = st.one_of(
 )
 
 
-@settings(max_examples=count(100, 2000), deadline=None)
-@given(st.lists(st.one_of(NEEDS, st.integers(0, 30)), max_size=40))
-def test_devices_are_never_given_twice_and_lines_are_kept(actions: list[Need | int]) -> None:
+@pytest.mark.prove
+def test_devices_are_never_given_twice_and_lines_are_kept(record: Record) -> None:
+    examples = count(100, 3000)
+    actions = st.lists(st.one_of(NEEDS, st.integers(0, 30)), max_size=40)
+    settings(max_examples=examples, deadline=None)(given(actions)(_act))()
+    record("sequences of claims and releases", examples)
+
+
+def _act(actions: list[Need | int]) -> None:
     """A need is claimed by a new holder; a number releases the holder of that number, whether it has or waits."""
     held: dict[str, Need] = {}
     line: list[tuple[str, Need]] = []
