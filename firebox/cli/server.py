@@ -15,6 +15,10 @@ def up(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Answer to this host name, too, such as that of a TLS proxy in front. May be repeated."),
+    ] = None,
     model: Annotated[
         list[Path] | None,
         typer.Option(help="Register this model directory at start, under its folder's name. May be repeated."),
@@ -58,8 +62,16 @@ def up(
     from firebox.cli.up import run
     from firebox.control.services.retention import Limits
 
-    memory = int(memory_gib * 2**30) if memory_gib else None
-    allow_dirs = [directory.expanduser().resolve() for directory in allow_dir or ()]
-    limits = Limits(keep_last, int(disk_budget_gib * 2**30) if disk_budget_gib else None)
-    data, idle_s = data_dir.expanduser().resolve(), idle_minutes * 60
-    run(data, host, port, model or [], idle_s, allow_dirs, mode=mode, log_json=log_json, memory=memory, limits=limits)
+    run(
+        data_dir.expanduser().resolve(),
+        host,
+        port,
+        model or [],
+        idle_s=idle_minutes * 60,
+        allow_dirs=[directory.expanduser().resolve() for directory in allow_dir or ()],
+        mode=mode,
+        log_json=log_json,
+        memory=int(memory_gib * 2**30) if memory_gib else None,
+        limits=Limits(keep_last, int(disk_budget_gib * 2**30) if disk_budget_gib else None),
+        host_names=allow_host or (),
+    )

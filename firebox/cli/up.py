@@ -58,12 +58,13 @@ def run(
     log_json: bool = False,
     memory: int | None = None,
     limits: Limits = Limits(),
+    host_names: Sequence[str] = (),
 ) -> None:
     """Serve until SIGINT or SIGTERM. Raises FailedPrecondition when the directory or the port is taken.
 
     After `idle_s` seconds of silence a session of the root API is put to sleep, and a worker without one is stopped.
     Trainers may read adapters beneath `allow_dirs`. All workers compute in `mode` and have `memory` bytes together.
-    What jobs save is kept within `limits`.
+    What jobs save is kept within `limits`. Requests may name the server by `host_names`, besides its own addresses.
     """
     logs.configure(as_json=log_json)
     layout = Layout(data_dir)
@@ -73,7 +74,7 @@ def run(
         launcher = LocalLauncher(layout.run, layout.lock, mode=mode)
         control = ControlPlane(layout, launcher, Machine.here(memory), idle_s, allow_dirs, limits)
         with _listen(host, port) as listener, contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_serve(layout, listener, host, model_dirs, control))
+            asyncio.run(_serve(layout, listener, host, host_names, model_dirs, control))
     finally:
         lock.release()
 
@@ -82,6 +83,7 @@ async def _serve(
     layout: Layout,
     listener: socket.socket,
     host: str,
+    host_names: Sequence[str],
     model_dirs: Sequence[Path],
     control: ControlPlane,
 ) -> None:
@@ -105,7 +107,7 @@ async def _serve(
         _root_calls(context),
         partial(api_keys.use, context),
         context.downloads.account_of,
-        allowed_hosts(host),
+        allowed_hosts(host, host_names),
         life,
     )
     config = uvicorn.Config(

@@ -10,7 +10,7 @@ import base64
 import contextlib
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from starlette.datastructures import Headers
@@ -29,10 +29,11 @@ _NOT_COUNTED: Final = ("/retrieve_future", "/session_heartbeat")
 """Waiting for what was asked before, and staying alive, is not asking."""
 
 
-def allowed_hosts(bound: str) -> frozenset[str]:
-    """The Host names a server bound to `bound` answers to; anything else may be a page that rebinds its DNS name."""
+def allowed_hosts(bound: str, names: Iterable[str] = ()) -> frozenset[str]:
+    """The Host names that a server bound to `bound`, and known as `names`, answers to; anything else may be a page that
+    rebinds its DNS name."""
     own = {socket.gethostname(), socket.getfqdn()} if bound in _WILDCARDS else {bound}
-    return _LOOPBACK | {name.lower() for name in own}
+    return _LOOPBACK | {name.lower() for name in (*own, *names)}
 
 
 class Guard:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -109,9 +110,10 @@ def test_server_keeps_what_it_is_told_to_keep(new_server: Callable[[], Server], 
     server.own("DELETE", "rlorTrainerJobs/job")
     server.stop()
 
-    command = [sys.executable, "-m", "firebox", "up", "--port", "0", "--data-dir", str(server.data), "--keep-last", "1"]
-    with (server.data.parent / "up.log").open("ab") as log:
-        limited = subprocess.Popen(command, stdout=log, stderr=log)
+    command = [sys.executable, "-m", "firebox", "up", "--port", "0", "--data-dir", str(server.data)]
+    options = ["--keep-last", "1", "--log-json", "--allow-host", "firebox.example"]
+    with (server.data.parent / "limited.log").open("ab") as log:
+        limited = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=log)
     try:
         deadline = time.monotonic() + 30
         while {path.name for path in (folder / "snapshots").iterdir()} != {"one", "three"}:
@@ -120,6 +122,16 @@ def test_server_keeps_what_it_is_told_to_keep(new_server: Callable[[], Server], 
         while {path.name for path in (folder / "checkpoints").iterdir()} != {"three"}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        while not (server.data / "server.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.url = json.loads((server.data / "server.json").read_text())["url"]
+        for name, status in (("Firebox.Example", 200), ("another.example", 403)):
+            asked = server.ask("GET", "/v1/accounts", headers={"Host": name, "X-Request-ID": f"as-{status}"})
+            assert asked.status_code == status
     finally:
         limited.send_signal(signal.SIGTERM)
         limited.wait(20)
+    lines = [json.loads(line) for line in (server.data.parent / "limited.log").read_text().splitlines()]
+    assert sum("is removed" in line["message"] for line in lines) == 3
+    assert {line["request"]: line["status"] for line in lines if "request" in line} == {"as-200": 200, "as-403": 403}
