@@ -9,7 +9,7 @@ from typing import Any
 
 Rows = list[dict[str, Any]]
 
-_GOOD = ("READY", "RUNNING", "ACTIVE", "True")
+_GOOD = ("READY", "RUNNING", "ACTIVE", "ok")
 _BAD = ("FAILED", "CANCELLED", "REVOKED")
 
 
@@ -35,11 +35,16 @@ def show(rows: Rows, columns: Mapping[str, str], as_json: bool) -> None:
 def _cell(value: Any) -> Any:
     from rich.text import Text
 
-    text = ", ".join(value) if isinstance(value, list) else _short(str(value))
+    if isinstance(value, bool):
+        text = "yes" if value else ""
+    else:
+        text = ", ".join(value) if isinstance(value, list) else _short(str(value))
     state = text.rpartition("JOB_STATE_")[2]
     return Text(text, "green" if state in _GOOD else "red" if state in _BAD else "")
 
 
 def _short(value: str) -> str:
-    """A resource name without what every name of its table has in common."""
+    """A resource name without what every name of its table has in common, a time to the second."""
+    if re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+Z", value):
+        return value[:19].replace("T", " ")
     return re.sub(r"^accounts/[^/]+/\w+/([^/]+)(/versions/1)?", r"\1", value)

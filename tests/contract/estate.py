@@ -120,5 +120,8 @@ def _tinker(server: RunningServer, ends: contextlib.ExitStack) -> dict[str, str]
     client.save_weights_for_sampler("theirs").result(timeout=120)
     run, session = client.model_id, client.model_id.partition(":")[0]
     service.create_sampling_client(model_path=f"tinker://{run}/sampler_weights/theirs")
-    samplers = server.ask("GET", f"/api/v1/sessions/{session}").json()["sampler_ids"]
+    deadline = time.monotonic() + 30
+    while not (samplers := server.ask("GET", f"/api/v1/sessions/{session}").json()["sampler_ids"]):
+        assert time.monotonic() < deadline, "the client did not create its sampler"
+        time.sleep(0.05)
     return {"run": run, "session": session, "session_id": session, "sampler": samplers[0], "name": "theirs"}
