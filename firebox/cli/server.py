@@ -10,15 +10,30 @@ import typer
 from firebox.cli.options import DEFAULT_DATA_DIR, DataDir
 from firebox.wire.worker import ComputeMode
 
+HostNames = Annotated[
+    list[str] | None,
+    typer.Option(help="Answer to this host name, too, such as that of a TLS proxy in front. May be repeated."),
+]
+Folders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Let load_adapter read PEFT directories beneath this one. May be repeated.", exists=True, file_okay=False
+    ),
+]
+Mode = Annotated[
+    ComputeMode,
+    typer.Option(
+        help="exact: a result depends on its own request alone. bitwise: sampler and trainer agree to the last "
+        "bit; float32 on a CPU, slower. throughput: LoRA models share passes; equal to 1e-6."
+    ),
+]
+
 
 def up(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="Answer to this host name, too, such as that of a TLS proxy in front. May be repeated."),
-    ] = None,
+    allow_host: HostNames = None,
     model: Annotated[
         list[Path] | None,
         typer.Option(help="Register this model directory at start, under its folder's name. May be repeated."),
@@ -26,21 +41,8 @@ def up(
     idle_minutes: Annotated[
         float, typer.Option(help="Put away Tinker sessions and their workers after this silence.", min=0.01)
     ] = 10.0,
-    allow_dir: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Let load_adapter read PEFT directories beneath this one. May be repeated.",
-            exists=True,
-            file_okay=False,
-        ),
-    ] = None,
-    mode: Annotated[
-        ComputeMode,
-        typer.Option(
-            help="exact: a result depends on its own request alone. bitwise: sampler and trainer agree to the last "
-            "bit; float32 on a CPU, slower. throughput: LoRA models share passes; equal to 1e-6."
-        ),
-    ] = "exact",
+    allow_dir: Folders = None,
+    mode: Mode = "exact",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log one JSON object per line.")] = False,
     memory_gib: Annotated[
         float | None,

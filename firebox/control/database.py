@@ -41,7 +41,7 @@ class Database:
     async def run(self, work: Callable[[Session], T]) -> T:
         """Run `work` in one transaction; rows it returns stay readable afterwards.
 
-        Raises what `work` raises, and InvalidArgument for a text that cannot be stored.
+        Raises what `work` raises, and InvalidArgument for a text or a number that cannot be stored.
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
 
@@ -55,6 +55,8 @@ class Database:
                 return work(session)
         except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no text encoding can
             raise InvalidArgument(f"a text in this request is not valid Unicode: {error.object!r}") from error
+        except OverflowError as error:
+            raise InvalidArgument(f"a number in this request is too large to be stored ({error})") from error
 
 
 def _set_pragmas(connection: Any, _record: object) -> None:

@@ -37,8 +37,8 @@ class CreateApiKey(Camel):
     account: str = ""
     display_name: str = Field(min_length=1, max_length=63)
     operator: bool = False
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    max_concurrent: int | None = Field(default=None, ge=1)
+    requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
+    max_concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
 
 
 class ApiKey(Camel):

@@ -94,6 +94,7 @@ def test_last_operators_key_stays(server: Server) -> None:
     [
         ("Alice", {}), ("-", {}), ("fireworks", {}), ("..", {}), ("alice", {"displayName": ""}),
         ("alice", {"requestsPerMinute": 0}), ("alice", {"maxConcurrent": -1}), ("alice", {"displayName": 5}),
+        ("alice", {"maxConcurrent": 10**30}),
     ],
 )  # fmt: skip
 def test_wrong_key_requests_are_refused(server: Server, account: str, body: dict[str, Any]) -> None:
