@@ -49,12 +49,19 @@ class Chain:
     folder: Path
     recipe: list[str]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    @contextlib.contextmanager
+    def run(self) -> Iterator[subprocess.Popen[bytes]]:
+        """One run, which does not outlive the block."""
         command = [sys.executable, "-m", *self.recipe, "--log-path", str(self.folder / "run")]
+        env = os.environ | self.server.env | {"PYTHONPATH": str(self.folder.parent)}
         self.folder.mkdir(exist_ok=True)
         with (self.folder / "said.txt").open("wb") as said:
-            env = os.environ | self.server.env | {"PYTHONPATH": str(self.folder.parent)}
-            return subprocess.Popen(command, env=env, stdout=said, stderr=said)
+            run = subprocess.Popen(command, env=env, stdout=said, stderr=said)
+            try:
+                yield run
+            finally:
+                run.kill()
+                run.wait()
 
     @property
     def said(self) -> str:
@@ -149,12 +156,12 @@ def hit_often(new_chain: Callable[[], Chain], kill: Kill, rows_per_step: int, do
     usual_s, chain = 0.0, new_chain()
     while True:
         confirmed, started, hit = chain.confirmed(), time.monotonic(), False
-        run = chain.start()
-        if tally.hits < KILLS and usual_s:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(rng.uniform(0, usual_s))
-            hit = run.poll() is None and kill(chain.server, run)
-        through = run.wait(RUN_WITHIN_S) == 0
+        with chain.run() as run:
+            if tally.hits < KILLS and usual_s:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    run.wait(rng.uniform(0, usual_s))
+                hit = run.poll() is None and kill(chain.server, run)
+            through = run.wait(RUN_WITHIN_S) == 0
         chain.check_resume(confirmed, rows_per_step)
         tally.hits += hit
         tally.survived += hit and through
