@@ -74,14 +74,12 @@ class Sent:
 
     def wait(self, timeout: float) -> dict[str, float]:
         """The step's metrics, once the trainer has taken it. Times are those spent waiting, not those it took."""
-        timer = Timer()
+        timer, of_step = Timer(), f"of step {self.step.number}"
         with timer("forward_backward"):
-            loss = wait(self.forward_backward, timeout, f"forward_backward of step {self.step.number}").metrics[
-                "loss:sum"
-            ]
+            passed = wait(self.forward_backward, timeout, f"forward_backward {of_step}")
         with timer("optim"):
-            optim = wait(self.optim_step, timeout, f"optim_step of step {self.step.number}").metrics or {}
-        metrics = {"train/loss": loss, "optim/lr": self.learning_rate} | timer.seconds
+            optim = wait(self.optim_step, timeout, f"optim_step {of_step}").metrics or {}
+        metrics = {"train/loss": passed.metrics["loss:sum"], "optim/lr": self.learning_rate} | timer.seconds
         return metrics | ({"optim/grad_norm": optim["grad_norm"]} if "grad_norm" in optim else {})
 
 
