@@ -110,10 +110,12 @@ class ControlPlane:
         await self._jobs.recover()
         await self._deployments.recover()
         await self._promotions.recover()
+        self._launcher.sweep()
+        for driver in (self._jobs.driver, self._deployments.driver, self._promotions.driver):
+            driver.start()
         await self._runs.recover()
         for cleaner in self._cleaners:
             cleaner.start()
-        self._launcher.sweep()
 
     async def stop(self) -> None:
         """Stop reconciling, then every worker."""

@@ -80,6 +80,7 @@ class Deployments:
                     replicas.append(_Replica(worker, known["generation"], holder, fresh=False))
                     await claims.restore(self._control, holder, deployments.shape_of(self._control, row), worker)
             self._replicas[row.name] = replicas
+            self._control.fleet.publish(row.name, [replica.worker.address for replica in replicas])
             if row.pooled and not replicas and row.state in LIVE:
                 await pools.stop_sampler(self._control, row.account, row.id)
             self.driver.kick(row.name)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Driver:
-    """Steps the resources of one `collection`. A step that raises is reported to `failed`, with the reason."""
+    """Steps the resources of one `collection`, once it is started; a step that raises is reported to `failed`."""
 
     def __init__(
         self,
@@ -29,20 +29,27 @@ class Driver:
         self._collection = collection
         self._step = step
         self._failed = failed
-        self._due: set[str] = set()
+        self._due: dict[str, None] = {}  # in the order of their kicks
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._closed = False
+        self._running = False
         control.changes.listen(self._changed)
 
     def kick(self, name: str) -> None:
         """Have `name` looked at soon."""
-        self._due.add(name)
-        if name not in self._tasks and not self._closed:
+        self._due[name] = None
+        if name not in self._tasks and self._running:
             self._tasks[name] = asyncio.create_task(self._drive(name))
+
+    def start(self) -> None:
+        """Look at what was kicked so far. All that an earlier server left must have been taken back by then: who acts
+        sooner takes what somebody else still holds."""
+        self._running = True
+        for name in list(self._due):
+            self.kick(name)
 
     async def close(self) -> None:
         """No step after this; what the workers do then is for the next server to find."""
-        self._closed = True
+        self._running = False
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -55,7 +62,7 @@ class Driver:
     async def _drive(self, name: str) -> None:
         try:
             while name in self._due:
-                self._due.discard(name)
+                del self._due[name]
                 try:
                     await self._step(name)
                 except Exception as error:  # noqa: BLE001 - one resource must not end the loop of the others
