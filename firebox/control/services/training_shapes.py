@@ -167,11 +167,15 @@ def select_shape(
 
     Raises FailedPrecondition when the model has none for `mode`, and InvalidArgument when none has what is asked for.
     """
-    fits = [s for s in _latest(shapes) if s.model.name == base_model and s.mode == mode and not misfit(control, s)]
+    known = [shape for shape in _latest(shapes) if shape.model.name == base_model and shape.mode == mode]
+    fits = [shape for shape in known if not misfit(control, shape)]
     if not fits:
-        raise FailedPrecondition(f"baseModel: {base_model!r} has no shape for {mode or 'serving'} on this server")
+        why = [f"{shape.id!r} {misfit(control, shape)}" for shape in known if shape.template.accelerator_count == 0]
+        raise FailedPrecondition(
+            f"baseModel: {base_model!r} has no shape for {mode or 'serving'} on this server. {'; '.join(why)}".rstrip()
+        )
     for field, value, having in (
-        ("acceleratorType", accelerator, [s for s in fits if s.template.accelerator_type == accelerator]),
+        ("acceleratorType", accelerator, [s for s in fits if str(accelerator).startswith(s.template.accelerator_type)]),
         ("acceleratorCount", accelerator_count, [s for s in fits if s.template.accelerator_count == accelerator_count]),
         ("maxContextLength", context_length, [s for s in fits if s.context_length >= context_length]),
     ):

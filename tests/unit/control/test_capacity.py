@@ -146,7 +146,10 @@ def test_two_jobs_never_share_a_gpu(new_server: Callable[..., Server], model_fil
     gpus: list[Any] = [4, ["CPU", GIB], ["NVIDIA_H100_80GB", 80 * GIB, "0"], ["NVIDIA_H100_80GB", 80 * GIB, "1"]]
     server = new_server(gpus)
     server.add_model("tiny", model_files)
-    first, second = server.create_job("first", "tiny-gpu1").json(), server.create_job("second", "").json()
+    first, second = (
+        server.create_job("first", "tiny-gpu1").json(),
+        server.create_job("second", "", acceleratorType="NVIDIA_H100_80GB").json(),
+    )
     assert (first["state"], second["state"]) == ("JOB_STATE_RUNNING", "JOB_STATE_RUNNING")
     assert second["trainingShape"] == "accounts/local/trainingShapes/tiny-gpu1/versions/1"
     assert sorted(server.trainer(job)["devices"] for job in ("first", "second")) == ["0", "1"]
@@ -172,7 +175,10 @@ def test_what_can_never_fit_is_refused_at_once(new_server: Callable[..., Server]
     server.add_model("tiny", model_files)
     refused = server.create_job("large")
     assert refused.status_code == 400
-    assert "needs 0.5 GiB of memory, and this server may use 0.2 GiB" in refused.json()["error"]["message"]
+    why = "needs 0.5 GiB of memory, and this server may use 0.2 GiB"
+    assert why in refused.json()["error"]["message"]
+    selected = server.create_job("large", "").json()["error"]["message"]
+    assert f"has no shape for POLICY_TRAINER on this server. 'tiny-cpu' {why}" in selected
 
 
 def test_job_whose_shape_is_gone_does_not_wait_for_ever(new_server: Callable[..., Server], model_files: Path) -> None:
