@@ -40,8 +40,8 @@ class Sampled(NamedTuple):
 class Rollouts:
     """Scored answers from a deployment, whatever weights it holds. Use as a context manager: it owns an event loop.
 
-    `timeout` (s) bounds the wait for one completion. Raise `version` after each hot-load: rollouts that begin later
-    carry it.
+    `timeout` (s) bounds the wait for one completion. Raise `version` after each hot-load: rollouts that are begun
+    later carry it.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class Rollouts:
         jobs = []
         for position, prompt in enumerate(prompts):
             draw = random.Random(f"{self._seed}/{step}/{position}")
-            jobs += [(prompt, draw.getrandbits(31)) for _ in range(group_size)]
-        return asyncio.run_coroutine_threadsafe(self._groups(jobs, group_size, temperature), self._loop)
+            jobs += [_Job(prompt, draw.getrandbits(31), temperature, self.version) for _ in range(group_size)]
+        return asyncio.run_coroutine_threadsafe(self._groups(jobs, group_size), self._loop)
 
-    async def _groups(self, jobs: Sequence[tuple[Prompt, int]], group_size: int, temperature: float) -> Sampled:
-        rollouts = await asyncio.gather(*[self._rollout(prompt, temperature, seed) for prompt, seed in jobs])
+    async def _groups(self, jobs: Sequence[_Job], group_size: int) -> Sampled:
+        rollouts = await asyncio.gather(*[self._rollout(job) for job in jobs])
         groups = [list(rollouts[start : start + group_size]) for start in range(0, len(rollouts), group_size)]
         return Sampled(groups, self._queueing())
 
@@ -98,17 +98,17 @@ class Rollouts:
         waits = [one.prefill_queue_duration for one in metrics if one.prefill_queue_duration is not None]
         return {"rollout/window": float(controller.window_size)} | ({"rollout/queue_s": fmean(waits)} if waits else {})
 
-    async def _rollout(self, prompt: Prompt, temperature: float, seed: int) -> Rollout:
-        trajectory = await self._trajectory(prompt, temperature, seed)
+    async def _rollout(self, job: _Job) -> Rollout:
+        trajectory = await self._trajectory(job)
         return Rollout(**vars(trajectory), reward=await self._task.reward(trajectory))
 
-    async def _trajectory(self, prompt: Prompt, temperature: float, seed: int) -> Trajectory:
-        row, version, limit = prompt.row, self.version, self._settings.max_tokens
+    async def _trajectory(self, job: _Job) -> Trajectory:
+        prompt, row, limit = job.prompt, job.prompt.row, self._settings.max_tokens
         respond = await self._task.begin(row)
         said, messages, num_turns = _Said(), list(row.messages), 0
         while True:
-            room, draw = limit - len(said.tokens), seed + num_turns
-            completion = await self._complete(prompt.tokens + said.tokens, room, temperature, draw)
+            room, seed = limit - len(said.tokens), job.seed + num_turns
+            completion = await self._complete(prompt.tokens + said.tokens, room, job.temperature, seed)
             said.add(completion.tokens, completion.logprobs)
             messages.append({"role": "assistant", "content": completion.text})
             num_turns, truncated = num_turns + 1, completion.truncated
@@ -132,7 +132,7 @@ class Rollouts:
             completion.text,
             num_turns,
             truncated,
-            version,
+            job.version,
         )
 
     async def _complete(self, tokens: list[int], max_tokens: int, temperature: float, seed: int) -> _Completion:
@@ -160,6 +160,15 @@ class Rollouts:
         pending = asyncio.all_tasks() - {asyncio.current_task()}
         if pending:
             await asyncio.wait(pending, timeout=CLOSE_TIMEOUT_S)
+
+
+class _Job(NamedTuple):
+    """One rollout to be sampled: its prompt, its draw, and the weights that it is begun with."""
+
+    prompt: Prompt
+    seed: int
+    temperature: float
+    version: int
 
 
 class _Completion(NamedTuple):

@@ -36,7 +36,7 @@ class Trajectory:
     `tokens` [C] with the sampler's log-prob of each [C], zero where the environment speaks; `sampled` [C] says where
     the model did. The log-probs are the model's own, before temperature, so that they compare with a trainer's.
     `messages` is the whole conversation, `text` the last thing the model said; `truncated` when it was cut off there.
-    `version` counts the hot-loads before the first token was sampled.
+    `version` counts the hot-loads before it was begun; single tokens may come from newer weights.
     """
 
     prompt: Prompt
