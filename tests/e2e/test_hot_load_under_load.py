@@ -162,6 +162,7 @@ def difference(model: Any, answer: Answer, label: str | None) -> float:
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("transition", ["ASYNC", "SYNC"])
 def test_swaps_under_load(server: RunningServer, trained: Trained, record: Record, transition: str) -> None:
     ident = f"swaps-{transition.lower()}"
