@@ -3,6 +3,8 @@
 Owns the base model and the state of every model trained on it. Knows no sessions, sequence numbers or HTTP: commands
 arrive in the order in which they must happen, as plain values that another rank could execute as well.
 
+A long command pauses between its micro-batches, and commands of other models may be executed meanwhile.
+
 Invariant: a command happens completely or not at all. A mistake in its data is found before anything changes; whatever
 goes wrong later leaves the weights and the gradients that were there before.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from firebox.trainer.passes import PassResult
 from firebox.trainer.publish import publish, snapshot_dtype, snapshot_kind
 from firebox.trainer.retained import Retained, memory_budget
 from firebox.trainer.state import ModelState
+from firebox.trainer.steps import Steps, at_one_go, in_each_step
 from firebox.weights.manifest import CheckpointManifest, sweep_scratch
 from firebox.wire.errors import FailedPrecondition, FireboxError, InvalidArgument, NotFound
 from firebox.wire.names import check_snapshot_id
@@ -44,7 +47,6 @@ from firebox.wire.training import (
     CreateModel,
     Failed,
     Forward,
-    ForwardOutput,
     LoadAdapter,
     LoadState,
     ModelCreated,
@@ -85,7 +87,7 @@ class Engine:
         self._base = ModelState(dict(self._lm.model.named_parameters()) if trains_base else {})
         self._models: dict[str, ModelState] = {}
         self._retained = Retained(memory_budget(self._lm.device))
-        self._handlers: dict[type, Callable[[str, Any], Result]] = {
+        self._handlers: dict[type, Callable[[str, Any], Result | Steps[Result]]] = {
             CreateModel: self._create_model,
             UnloadModel: self._unload_model,
             Forward: self._forward,
@@ -106,10 +108,18 @@ class Engine:
         return str(self._lm.model.config.model_type)
 
     def execute(self, command: Command) -> Result:
-        """Execute one command. Never raises: a mistake becomes a `Failed` result, and so does a bug of ours."""
+        """Execute one command at one go; see `begin`."""
+        return at_one_go(self.begin(command))
+
+    def begin(self, command: Command) -> Steps[Result]:
+        """Execute one command in steps. Between two of them, commands of models that share no weights may come.
+
+        Never raises: a mistake becomes a `Failed` result, and so does a bug of ours.
+        """
         try:
             with self._precision():
-                return self._handlers[type(command.operation)](command.model_id, command.operation)
+                result = self._handlers[type(command.operation)](command.model_id, command.operation)
+            return (yield from in_each_step(self._precision, result)) if isinstance(result, Generator) else result
         except FireboxError as error:
             return failed(error)
         except Exception as error:  # noqa: BLE001  one command's bug must not take down the others' training
@@ -196,28 +206,34 @@ class Engine:
         self._retained.activate(None)
         return ModelUnloaded(model_id=model_id)
 
-    def _forward(self, model_id: str, request: Forward) -> ForwardOutput:
+    def _forward(self, model_id: str, request: Forward) -> Steps[Result]:
         if request.backward:
-            return self._forward_backward(model_id, request)
-        state = self._model(model_id)
-        self._retained.activate(state)
+            return self._forward_backward(self._trainable(model_id, "forward_backward"), request)
+        return self._score(self._model(model_id), request)
+
+    def _score(self, state: ModelState, request: Forward) -> Steps[Result]:
         # No backward pass can follow on frozen weights.
         retained = self._retained if state.parameters else None
-        with state.active():
-            return self._run(request, retained).output
+        return (yield from self._run(state, request, retained)).output
 
-    def _forward_backward(self, model_id: str, request: Forward) -> ForwardOutput:
-        state = self._trainable(model_id, "forward_backward")
-        self._retained.activate(state)
-        with state.active(), state.accumulating():
-            result = self._run(request, self._retained)
+    def _forward_backward(self, state: ModelState, request: Forward) -> Steps[Result]:
+        with state.accumulating():
+            result = yield from self._run(state, request, self._retained)
         state.count(result.num_loss_tokens, result.num_sequences)
         return result.output
 
-    def _run(self, request: Forward, retained: Retained | None) -> PassResult:
+    def _run(self, state: ModelState, request: Forward, retained: Retained | None) -> Steps[PassResult]:
+        @contextlib.contextmanager
+        def active() -> Iterator[None]:
+            self._retained.activate(state)
+            with state.active():
+                yield
+
         if embeddings.wanted(request):
-            return embeddings.run(self._lm, request, self._spec.max_context_length)
-        return passes.run(self._lm, request, self._spec.max_context_length, retained)
+            with active():
+                return embeddings.run(self._lm, request, self._spec.max_context_length)
+        steps = passes.steps(self._lm, request, self._spec.max_context_length, retained)
+        return (yield from in_each_step(active, steps))
 
     def _optim_step(self, model_id: str, step: OptimStep) -> OptimStepOutput:
         state = self._trainable(model_id, "optim_step")

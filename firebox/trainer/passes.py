@@ -20,6 +20,7 @@ from firebox.modeling.causal_lm import CausalLM, logprobs_of, packed_positions
 from firebox.trainer.batch import Example, MicroBatch, check_datums, join, pack, token_budget
 from firebox.trainer.losses import Loss, find_loss, resolve_config
 from firebox.trainer.retained import Kept, Recording, Retained
+from firebox.trainer.steps import Steps, at_one_go
 from firebox.wire.errors import FailedPrecondition, InvalidArgument
 from firebox.wire.training import Forward, ForwardOutput, OutputTensor, output_tensor
 
@@ -73,11 +74,16 @@ class Pass:
         return PassResult(output, self._num_loss_tokens, self._num_sequences)
 
 
-def run(lm: CausalLM, request: Forward, max_length: int, retained: Retained | None = None) -> PassResult:
+def run(lm: CausalLM, request: Forward, max_length: int) -> PassResult:
+    """All `steps` at one go."""
+    return at_one_go(steps(lm, request, max_length))
+
+
+def steps(lm: CausalLM, request: Forward, max_length: int, retained: Retained | None = None) -> Steps[PassResult]:
     """Compute `request` with the model as it is; with `request.backward` gradients end up in the parameters' `grad`.
 
-    With `retained`, a forward pass may be kept there, and a backward pass on the same data starts from it.
-    Raises what `Pass` and its `add` do.
+    Pauses behind each micro-batch, and returns the result at the end. With `retained`, a forward pass may be kept
+    there, and a backward pass on the same data starts from it. Raises what `Pass` and its `add` do.
     """
     going = Pass(lm, request, max_length)
     kept: list[Kept] = []
@@ -91,6 +97,7 @@ def run(lm: CausalLM, request: Forward, max_length: int, retained: Retained | No
         slope = going.add(batch, logprobs, top)
         if request.backward:
             logprobs.backward(slope)
+        yield
     if retained and recording:
         retained.keep(recording)
     counts_reuse = request.backward and request.loss_fn == "cross_entropy"

@@ -1,8 +1,8 @@
 """The engine's thread, and whose command it executes next.
 
 Owns the lanes, one per model, and takes from them in turns: who has sent a hundred requests waits behind who has sent
-one. Commands at the head of several lanes are executed together where the engine allows it. Knows nothing of what a
-command does.
+one, and behind a long request's next step comes whoever else has something to do. Commands at the head of several lanes
+are executed together where the engine allows it. Knows nothing of what a command does.
 
 Invariant: the commands of one lane are executed in the order in which they came. Models that share their weights, which
 are all models of a full-parameter job, share a lane.
@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from firebox.trainer.steps import Steps
 from firebox.wire.training import Command, Result
 
 Answer = Callable[[Result], None]
@@ -29,46 +30,67 @@ class Executor(Protocol):
     @property
     def shares_weights(self) -> bool: ...
     def may_share(self, command: Command) -> bool: ...
-    def execute(self, command: Command) -> Result: ...
+    def begin(self, command: Command) -> Steps[Result]: ...
     def execute_together(self, commands: Sequence[Command]) -> list[Result]: ...
 
 
+class _Work:
+    """A command that waits for its turn, or for its next one."""
+
+    def __init__(self, command: Command, answer: Answer) -> None:
+        self.command = command
+        self.answer = answer
+        self.steps: Steps[Result] | None = None
+
+
 class EngineThread:
-    """Executes commands one after the other, each answered from this thread."""
+    """Executes one command, or one step of it, after the other; each is answered from this thread."""
 
     def __init__(self, engine: Executor) -> None:
         self._engine = engine
         self._stopping = False
-        self._lanes: dict[str, deque[tuple[Command, Answer]]] = {}  # the first lane is next; none is empty
+        self._lanes: dict[str, deque[_Work]] = {}  # the first lane is next; none is empty
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, command: Command, answer: Answer) -> None:
-        lane = "" if self._engine.shares_weights else command.model_id
         with self._changed:
-            self._lanes.setdefault(lane, deque()).append((command, answer))
+            self._lanes.setdefault(self._lane(command), deque()).append(_Work(command, answer))
             self._changed.notify()
 
     def stop(self, timeout_s: float) -> None:
-        """Let the running command finish, for at most `timeout_s` seconds, and drop the others."""
+        """Let the running step finish, for at most `timeout_s` seconds, and drop the rest."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while received := self._next():
-            commands = [command for command, _ in received]
-            together = len(commands) > 1
-            results = self._engine.execute_together(commands) if together else [self._engine.execute(commands[0])]
+        while works := self._next():
+            results = self._step(works[0]) if len(works) == 1 else self._together(works)
             if self._stopping:
                 return  # whoever waited for the answers is gone
-            for (_, answer), result in zip(received, results, strict=True):
-                answer(result)
+            for work, result in zip(works, results, strict=False):
+                work.answer(result)
 
-    def _next(self) -> list[tuple[Command, Answer]]:
-        """The oldest command of the lane whose turn it is, with those of other lanes that may share its passes.
+    def _step(self, work: _Work) -> list[Result]:
+        """One step of a command: its result, or none yet, and then its lane goes behind the others."""
+        work.steps = work.steps or self._engine.begin(work.command)
+        try:
+            next(work.steps)
+        except StopIteration as end:
+            return [end.value]
+        with self._changed:
+            lane = self._lane(work.command)
+            self._lanes[lane] = deque([work, *self._lanes.pop(lane, ())])
+        return []
+
+    def _together(self, works: Sequence[_Work]) -> list[Result]:
+        return self._engine.execute_together([work.command for work in works])
+
+    def _next(self) -> list[_Work]:
+        """What the lane whose turn it is has in front, with what others have that may share its passes.
 
         Their lanes then go behind the others. Empty at the end.
         """
@@ -77,15 +99,19 @@ class EngineThread:
             if self._stopping:
                 return []
             lanes = list(self._lanes)
-            if self._engine.may_share(self._lanes[lanes[0]][0][0]):
-                lanes = [lane for lane in lanes if self._engine.may_share(self._lanes[lane][0][0])]
-            else:
-                lanes = lanes[:1]
+            lanes = [lane for lane in lanes if self._may_share(lane)] if self._may_share(lanes[0]) else lanes[:1]
             return [self._take(lane) for lane in lanes[:_MAX_TOGETHER]]
 
-    def _take(self, lane: str) -> tuple[Command, Answer]:
+    def _may_share(self, lane: str) -> bool:
+        work = self._lanes[lane][0]
+        return work.steps is None and self._engine.may_share(work.command)
+
+    def _take(self, lane: str) -> _Work:
         waiting = self._lanes.pop(lane)
         taken = waiting.popleft()
         if waiting:
             self._lanes[lane] = waiting
         return taken
+
+    def _lane(self, command: Command) -> str:
+        return "" if self._engine.shares_weights else command.model_id

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from firebox.trainer.steps import Steps
 from firebox.trainer.turns import EngineThread
 from firebox.wire.training import Command, ModelUnloaded, Result, UnloadModel
 
@@ -16,15 +17,19 @@ WITHIN_S = 10
 class Executor:
     """Writes down whose command it got. The first one keeps it busy until everything else has been submitted."""
 
-    def __init__(self, shares_weights: bool, shared: str = "") -> None:
+    def __init__(self, shares_weights: bool, shared: str = "", pauses: int = 0) -> None:
         self.shares_weights = shares_weights
         self.order: list[str] = []
         self._shared = shared
+        self._pauses = pauses
         self.busy, self.filled = threading.Event(), threading.Event()
 
-    def execute(self, command: Command) -> Result:
+    def begin(self, command: Command) -> Steps[Result]:
         self.busy.set()
         assert self.filled.wait(WITHIN_S)
+        for part in range(self._pauses if command.model_id == "a" else 0):
+            self.order.append(f"a{part}")
+            yield
         self.order.append(command.model_id)
         return ModelUnloaded(model_id=command.model_id)
 
@@ -63,6 +68,19 @@ def test_who_sent_many_waits_behind_who_sent_one(shares_weights: bool, shared: s
     thread.stop(WITHIN_S)
     assert executor.order == ["first", *expected]
     assert [result.model_id for result in answers] == "+".join(executor.order).split("+")
+
+
+def test_who_sent_little_does_not_wait_for_all_of_a_long_one() -> None:
+    executor, answered = Executor(shares_weights=False, pauses=2), threading.Semaphore(0)
+    thread = EngineThread(executor)
+    thread.submit(Command(model_id="first", operation=UnloadModel()), lambda result: answered.release())
+    assert executor.busy.wait(WITHIN_S)
+    for model in ("a", "a", "b", "b", "b", "b"):
+        thread.submit(Command(model_id=model, operation=UnloadModel()), lambda result: answered.release())
+    executor.filled.set()
+    assert all(answered.acquire(timeout=WITHIN_S) for _ in range(7))
+    thread.stop(WITHIN_S)
+    assert executor.order == ["first", "a0", "b", "a1", "b", "a", "b", "a0", "b", "a1", "a"]
 
 
 def test_stopping_lets_the_running_command_finish_and_drops_the_others() -> None:
