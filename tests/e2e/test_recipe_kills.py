@@ -213,6 +213,7 @@ def test_rl_takes_every_step_once(server: RunningServer, tmp_path: Path, record:
         "--dataset", str(tmp_path / "rows.jsonl"), "--max-steps", str(RL_STEPS),
         "--rollout.prompts-per-step", str(BATCH), "--rollout.group-size", "2", "--rollout.max-tokens", "8",
         "--infra.training-shape-id", SHAPE, "--weight-sync.dcp-save-interval", str(INTERVAL),
+        "--weight-sync.weight-sync-timeout", "60", "--deployment.sample-timeout", "60",
     ]  # fmt: skip
     numbers = iter(range(1000))
 
