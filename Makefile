@@ -38,7 +38,7 @@ check: $(READY)  ## lint, format, types, import rules, sizes
 	$(BIN)/python -m pytest tests/policy
 
 prove: $(READY)  ## the full counts; figures go to docs/proofs/, finished proofs are not repeated at one commit
-	FIREBOX_PROVE=1 $(BIN)/python -m pytest -m "prove" tests
+	FIREBOX_PROVE=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m prove tests
 
 up: $(READY)  ## start the server
 	$(BIN)/firebox up --port $(PORT) --data-dir $(DATA_DIR)
