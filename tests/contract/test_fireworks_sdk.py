@@ -106,6 +106,11 @@ def test_whole_life(server: RunningServer) -> None:
         assert client.list_checkpoints() == ["end"]
         model = trainers.promote_checkpoint(endpoint.job_id, snapshot, output, MODEL)
         assert model["name"] == f"accounts/local/models/{output}"
+        # The SDK asks again when an answer is lost: it is the same promotion.
+        assert trainers.promote_checkpoint(endpoint.job_id, snapshot, output, MODEL) == model
+        other = trainers.list_checkpoints(endpoint.job_id)[0]["name"].rpartition("/")[2]
+        with pytest.raises(RuntimeError, match="registered already"):
+            trainers.promote_checkpoint(endpoint.job_id, other, output, MODEL)
         deployments.delete(deployment_id)
         assert deployments.get(deployment_id) is None
     deployments.create_or_get(

@@ -70,7 +70,7 @@ async def delete_state(control: Control, account: str, job: str, name: str) -> N
 
 
 async def promote(control: Control, account: str, checkpoint: str, request: Promote) -> OperationRow:
-    """Check a promotion and begin it as an operation.
+    """Check a promotion and begin it as an operation. One that was done already finds its model in place.
 
     Raises NotFound, AlreadyExists or FailedPrecondition naming what to do instead.
     """
@@ -91,7 +91,8 @@ async def promote(control: Control, account: str, checkpoint: str, request: Prom
         )
     if manifest.base_model != base_model:
         raise FailedPrecondition(f"base_model: {checkpoint!r} was trained from {manifest.base_model!r}")
-    if output in [row.id for row in await models.listing(control, account)]:
+    existing = next((row for row in await models.listing(control, account) if row.id == output), None)
+    if existing is not None and existing.facts.get("promoted_from") != _origin(account, job, checkpoint):
         raise AlreadyExists(f"output_model: {output!r} is registered already; choose another id, or delete it first")
     return await operations.begin(
         control, account, {"job": job, "checkpoint": checkpoint, "output": output, "base": base_model}
@@ -99,10 +100,11 @@ async def promote(control: Control, account: str, checkpoint: str, request: Prom
 
 
 async def placed(control: Control, operation: OperationRow) -> ModelRow | None:
-    """The model of a promotion whose server ended between putting it in place and saying so."""
-    models_there = await models.listing(control, operation.account)
-    mine = [row for row in models_there if row.id == operation.request["output"]]
-    return next((row for row in mine if row.facts.get("promoted_from") == _origin(operation)), None)
+    """The model of a promotion that is in place: the server ended before it said so, or a client asks again."""
+    request = operation.request
+    origin = _origin(operation.account, request["job"], request["checkpoint"])
+    mine = [row for row in await models.listing(control, operation.account) if row.id == request["output"]]
+    return next((row for row in mine if row.facts.get("promoted_from") == origin), None)
 
 
 async def promoted_row(control: Control, operation: OperationRow, facts: dict[str, object]) -> ModelRow:
@@ -110,13 +112,13 @@ async def promoted_row(control: Control, operation: OperationRow, facts: dict[st
     request = operation.request
     base = await models.get(control, operation.account, request["base"].rpartition("/")[2])
     inherited = {name: fact for name, fact in base.facts.items() if name != "aliases"}
-    facts = inherited | facts | {"base_model": request["base"], "promoted_from": _origin(operation)}
+    origin = _origin(operation.account, request["job"], request["checkpoint"])
+    facts = inherited | facts | {"base_model": request["base"], "promoted_from": origin}
     return ModelRow(account=operation.account, id=request["output"], state="READY", facts=facts)
 
 
-def _origin(operation: OperationRow) -> str:
-    request = operation.request
-    return f"accounts/{operation.account}/rlorTrainerJobs/{request['job']}/checkpoints/{request['checkpoint']}"
+def _origin(account: str, job: str, checkpoint: str) -> str:
+    return f"accounts/{account}/rlorTrainerJobs/{job}/checkpoints/{checkpoint}"
 
 
 def bury(directory: Path, grave: Path) -> None:
