@@ -17,6 +17,7 @@ from firebox.control.services.downloads import Downloads
 from firebox.control.services.fleet import Fleet
 from firebox.control.services.keyring import Keyring
 from firebox.control.services.presence import Presence
+from firebox.control.services.removed import Removed
 from firebox.wire.errors import InvalidArgument, PermissionDenied
 from firebox.wire.names import SHARED_ACCOUNT, resource, split_resource
 from firebox.wire.worker import ReplicaStatus, WorkerAddress
@@ -42,6 +43,7 @@ class Control:
     fleet: Fleet = field(default_factory=Fleet)
     keyring: Keyring = field(default_factory=Keyring)
     downloads: Downloads = field(default_factory=Downloads)
+    removed: Removed = field(default_factory=Removed)
     allow_dirs: Sequence[Path] = ()
 
 

@@ -113,8 +113,15 @@ async def _all(control: Control, account: str, run: str | None) -> list[RunCheck
 
 async def delete(control: Control, account: str, path: CheckpointPath) -> None:
     """Remove a checkpoint; raises NotFound. A sampler that has its weights in memory may go on with them."""
-    await locate(control, account, path)
+    name = resource(account, RunCheckpointRow.collection, path.path)
+    try:
+        await locate(control, account, path)
+    except NotFound:
+        if control.removed.lately(name):
+            return
+        raise
     await remove(control, account, path)
+    control.removed.note(name)
 
 
 async def remove(control: Control, account: str, path: CheckpointPath) -> None:
