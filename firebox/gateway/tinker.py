@@ -36,6 +36,7 @@ _OWN: Final = "_"
 """The worker part of the ids of requests that the server answers itself; no job can be called so."""
 _HOLD_S: Final = 25.0
 _SMALL: Final = 4096
+_REMEMBERED: Final = 4096
 
 _B = TypeVar("_B", bound=BaseModel)
 _S = TypeVar("_S", bound=msgspec.Struct)
@@ -105,6 +106,7 @@ class Root:
         self._calls = calls
         self._proxy = proxy
         self._futures = Futures()
+        self._sampler_numbers: dict[tuple[str, int | None], int] = {}
 
     @property
     def routes(self) -> list[Route]:
@@ -197,16 +199,25 @@ class Root:
                 path = tinker.checkpoint_path(body.model_id, kind, body.path)
                 await self._calls.announce(account, path, body)
             elif kind == "sampler" and body.sampling_session_seq_id is not None:
-                path = tinker.sampling_session_checkpoint(body.model_id, body.sampling_session_seq_id)
-                sampler = tinker.sampler_id(tinker.session_of(path.run), body.sampling_session_seq_id)
+                number = self._sampler_number(body.model_id, body.seq_id, body.sampling_session_seq_id)
+                path = tinker.sampling_session_checkpoint(body.model_id, number)
+                sampler = tinker.sampler_id(tinker.session_of(path.run), number)
                 await self._calls.sampler_of_run(account, sampler, path)
             else:
                 raise InvalidArgument("path: a name for the checkpoint is needed, for example 'step-10'")
-            # How long it is kept is this side's business.
-            return msgspec.json.decode(raw, type=dict[str, Any]) | {"path": path.artifact, "ttl_seconds": None}
+            # How long it is kept, and for which sampler, is this side's business.
+            ours = {"path": path.artifact, "ttl_seconds": None, "sampling_session_seq_id": None}
+            return msgspec.json.decode(raw, type=dict[str, Any]) | ours
 
         route = "/api/v1/save_weights" if kind == "training" else "/api/v1/save_weights_for_sampler"
         return await self._rewritten(request, route, _decode(raw, _Addressed), translate)
+
+    def _sampler_number(self, model_id: str, seq_id: int | None, number: int) -> int:
+        """Which sampler a save without a name is for. Sent again, the SDK counts on, but it is the same operation."""
+        first = self._sampler_numbers.setdefault((model_id, seq_id), number)
+        if len(self._sampler_numbers) > _REMEMBERED:
+            del self._sampler_numbers[next(iter(self._sampler_numbers))]
+        return first
 
     async def _rewritten(
         self, request: Request, path: str, address: _Addressed, translate: Callable[[], Awaitable[dict[str, Any]]]

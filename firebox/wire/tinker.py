@@ -213,6 +213,7 @@ class _Expiring(_Body):
 
 class SaveBody(_Expiring):
     model_id: str
+    seq_id: int | None = None
     path: str | None = None
     sampling_session_seq_id: int | None = Field(default=None, ge=0, lt=10**9)
     user_metadata: dict[str, str] | None = None

@@ -155,3 +155,16 @@ def test_unused_sampler_is_stopped_and_comes_back(server, service):
 def test_wrong_key_is_refused(server):
     answer = httpx.post(f"{server.url}/api/v1/asample", headers={"X-API-Key": "tml-wrong"}, json={})
     assert answer.status_code == 401
+
+
+def test_a_save_that_is_sent_again_is_the_same_although_the_sdk_counts_on(server, service):
+    """The SDK takes the next number of a sampler when it sends an unnamed save again; its place stays the same."""
+    trainer = service.create_lora_training_client("tiny", rank=2).result()
+    order = {"model_id": trainer.model_id, "seq_id": 1, "type": "save_weights_for_sampler"}
+    sent = [
+        server.ask("POST", "/api/v1/save_weights_for_sampler", json=order | {"sampling_session_seq_id": number}).json()
+        for number in (70, 71)
+    ]
+    assert sent[0] == sent[1]
+    result = server.ask("POST", "/api/v1/retrieve_future", json=sent[1]).json()
+    assert result["sampling_session_id"].endswith(":70")
