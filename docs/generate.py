@@ -125,7 +125,8 @@ def kind(hint: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(kind(part) for part in arguments)
     if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        # Sorted: python keeps the first of two equal unions, whatever order its values were written in.
+        return ", ".join(f"`{value}`" for value in sorted(arguments))
     if origin is not None and "Callable" in str(origin):
         return "function"
     return "None" if hint is type(None) else f"`{hint if origin else hint.__name__}`"
