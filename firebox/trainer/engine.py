@@ -135,12 +135,15 @@ class Engine:
         return isinstance(command.operation, Forward) and mixed.pays(command.operation)
 
     def execute_together(self, commands: Sequence[Command]) -> list[Result]:
-        """Execute commands of different models that `may_share` allows; when one is wrong, each of them alone."""
+        """Execute commands of different models that `may_share` allows; when that fails, each of them alone."""
         try:
             with self._precision():
                 return self._forward_backward_together(commands)
         except FireboxError:
-            return [self.execute(command) for command in commands]
+            pass  # one of them is wrong: alone, it fails with its reason, and the others do not
+        except Exception as error:  # noqa: BLE001  as in `begin`; whichever has caused it fails again when it runs alone
+            log.error("a pass of %d models failed, they run alone", len(commands), exc_info=error)
+        return [self.execute(command) for command in commands]
 
     def _forward_backward_together(self, commands: Sequence[Command]) -> list[Result]:
         states = [self._models[command.model_id] for command in commands]

@@ -11,6 +11,7 @@ from live_engine import LiveEngine, random_rows
 from proofs import Record, count
 from trainer_harness import datum
 
+from firebox.trainer import mixed
 from firebox.wire.training import Command, Failed, Forward, ForwardOutput, LoraConfig
 
 TOLERANCE = 1e-6
@@ -124,6 +125,20 @@ def test_one_wrong_request_fails_alone_and_the_others_are_as_alone(engines: tupl
     for model in MODELS:
         assert all(torch.equal(a, b) for a, b in zip(tensors(together, model), tensors(alone, model), strict=True))
     assert not gradients(together, "mlp")
+
+
+def test_a_pass_that_breaks_is_run_one_by_one(engines: tuple[LiveEngine, LiveEngine], monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    together, alone = engines
+    monkeypatch.setattr(mixed, "run", broken)
+    asked = commands(9)
+    assert all(isinstance(answer, ForwardOutput) for answer in together.engine.execute_together(asked))
+    for command in asked:
+        alone.engine.execute(command)
+    for model in MODELS:
+        assert all(torch.equal(a, b) for a, b in zip(tensors(together, model), tensors(alone, model), strict=True))
 
 
 def test_only_small_requests_of_the_throughput_mode_share(engines: tuple[LiveEngine, LiveEngine]):
