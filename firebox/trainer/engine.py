@@ -141,7 +141,7 @@ class Engine:
                 return self._forward_backward_together(commands)
         except FireboxError:
             pass  # one of them is wrong: alone, it fails with its reason, and the others do not
-        except Exception as error:  # noqa: BLE001  as in `begin`; whichever has caused it fails again when it runs alone
+        except Exception as error:  # as in `begin`; whichever has caused it fails again when it runs alone
             log.error("a pass of %d models failed, they run alone", len(commands), exc_info=error)
         return [self.execute(command) for command in commands]
 
