@@ -123,8 +123,7 @@ class Engine:
         except FireboxError as error:
             return failed(error)
         except Exception as error:  # noqa: BLE001  one command's bug must not take down the others' training
-            trace = "".join(traceback.format_exception(error))
-            log.error("%s of %s failed\n%s", type(command.operation).__name__, command.model_id, trace)
+            _log_bug(f"{type(command.operation).__name__} of {command.model_id}", error)
             return Failed(error=f"{type(error).__name__}: {error}", category="server")
 
     def may_share(self, command: Command) -> bool:
@@ -141,8 +140,8 @@ class Engine:
                 return self._forward_backward_together(commands)
         except FireboxError:
             pass  # one of them is wrong: alone, it fails with its reason, and the others do not
-        except Exception as error:  # as in `begin`; whichever has caused it fails again when it runs alone
-            log.error("a pass of %d models failed, they run alone", len(commands), exc_info=error)
+        except Exception as error:  # noqa: BLE001  as in `begin`; whichever has caused it fails again when it runs alone
+            _log_bug(f"a pass of {len(commands)} models", error)
         return [self.execute(command) for command in commands]
 
     def _forward_backward_together(self, commands: Sequence[Command]) -> list[Result]:
@@ -318,6 +317,10 @@ class Engine:
                 reason="MODEL_FROZEN",
             )
         return state
+
+
+def _log_bug(what: str, error: Exception) -> None:
+    log.error("%s failed\n%s", what, "".join(traceback.format_exception(error)))
 
 
 def _model_name(resource: str) -> str:
