@@ -164,9 +164,11 @@ class ReconnectableClient:
         """Whether the process that this client spoke to has ended, as opposed to having refused a request."""
         if self._manager.get(self._job_id).get("state") != RUNNING:
             return True
+        from fireworks.training.sdk import TrainingError
+
         try:
             wait(in_thread("get_info", self._inner.get_info), PROBE_TIMEOUT_S, "get_info")
-        except Exception:  # noqa: BLE001 - the SDK has no one error for a model that the trainer does not know
+        except (TrainingError, TimeoutError):  # it does not know the model, or nobody answers
             return True
         return False
 
@@ -193,11 +195,12 @@ def wait(future: Waitable, seconds: float, what: str) -> Any:
 
 
 def in_thread(name: str, call: Callable[[], T]) -> Future[T]:
-    """Run an SDK call that blocks without a deadline of its own.
+    """Run a call that blocks without a deadline of its own.
 
-    A daemon thread does not hold up the exit of a script that gave up waiting.
+    A daemon thread does not hold up the exit of a script that gave up waiting, and takes no place in a pool.
     """
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # whoever stops waiting does not cancel what runs already
 
     def run() -> None:
         try:

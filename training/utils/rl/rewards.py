@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import threading
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from training.utils.client import in_thread
 from training.utils.data import Row
 from training.utils.errors import ConfigError, DataError
 from training.utils.rl.config import NamedFunction, RolloutConfig
@@ -89,7 +88,7 @@ class Task:
     async def _call(self, what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
-                value = await _in_thread(function, *arguments)
+                value = await asyncio.wrap_future(in_thread("call", lambda: function(*arguments)))
                 return await value if inspect.isawaitable(value) else value
         except TimeoutError as exc:
             if not limit.expired():
@@ -100,32 +99,6 @@ class Task:
 
 async def _silence(completion: str) -> list[Message]:
     return []
-
-
-async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    # A daemon thread of its own: a call that never ends keeps neither the process alive nor a pool's place.
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(value)
-        else:
-            done.set_exception(error)
-
-    def run() -> None:
-        value, error = None, None
-        try:
-            value = function(*arguments)
-        except BaseException as exc:  # noqa: BLE001 - handed to the caller, which raises it
-            error = exc
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, value, error)
-
-    threading.Thread(target=run, name="call", daemon=True).start()
-    return await done
 
 
 def _accepts(function: Callable[..., Any], num_arguments: int) -> bool:
